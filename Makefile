@@ -1,0 +1,54 @@
+# Every target that needs the environment makes it first: `make demo` and `make test` work on a fresh clone.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+PROTO := protos/teacher/v1/teacher.proto
+# Touched last, so that an interrupted set-up is not taken for a finished one.
+INSTALLED := .venv/.installed
+
+.PHONY: help setup format lint types test test-e2e demo protos bench lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## Make .venv from the locks, unless it is up to date (PYTHON=… names the interpreter)
+
+$(INSTALLED): pyproject.toml requirements/cpu.lock requirements/cpu-overrides.txt requirements/tools.lock requirements/install.sh
+	@requirements/install.sh
+	@touch $@
+
+format: $(INSTALLED) ## Format the code and mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(INSTALLED) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## Check types
+	$(BIN)/mypy
+
+test: lint types ## Check style and types, then run the unit, contract and integration tests
+	$(BIN)/pytest tests/unit tests/contract tests/integration
+
+test-e2e: $(INSTALLED) ## Run the end-to-end tests: verl, Ray and vLLM together
+	$(BIN)/pytest tests/e2e
+
+demo: $(INSTALLED) ## Distill a small student from a small teacher, on this machine
+	$(BIN)/python -m examples.sort_digits.demo
+
+protos: $(INSTALLED) ## Regenerate the stubs of the contract
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
+
+bench: ## Run the benchmarks (none exist yet)
+	@echo "no benchmarks exist yet, so there is no number to report"
+
+lock: $(INSTALLED) ## Write requirements/*.lock anew from pyproject.toml (UPGRADE=--upgrade takes newer versions)
+	UV=$(BIN)/uv requirements/lock.sh $(UPGRADE)
+
+clean: ## Remove the environment, caches and build outputs; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info tools/buf/node_modules
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

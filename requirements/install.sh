@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Make .venv: the one environment for service, trainer and tests on a machine without a GPU. Repeatable: an
+# interrupted run is simply run again. Where packages come from is pip's own configuration (PIP_INDEX_URL, …).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+torch=$(grep "^torch==" requirements/cpu-overrides.txt)
+
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+
+if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); else candidates=(python3 python3.12 python3.11); fi
+for candidate in "${candidates[@]}"; do
+    if supported "$candidate"; then python=$candidate; break; fi
+done
+if [ -z "${python:-}" ]; then
+    echo "Python 3.11 or 3.12 is needed; none of these is one: ${candidates[*]}." >&2
+    echo "python3 says: $(python3 --version 2>&1 || true). Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2
+    exit 1
+fi
+
+# Whether .venv can stay: its making was not interrupted, and it has the interpreter asked for, if one was.
+reusable() {
+    supported .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 || return 1
+    [ -z "${PYTHON:-}" ] || [ "$(version .venv/bin/python)" = "$(version "$python")" ]
+}
+version() { "$1" -c 'import sys; print(sys.version)'; }
+
+if ! reusable; then
+    if ! "$python" -m venv --clear .venv; then
+        echo "$python can't make a virtual environment; on Debian and Ubuntu the package python3-venv is missing." >&2
+        exit 1
+    fi
+fi
+pip=(.venv/bin/python -m pip --disable-pip-version-check)
+uv=(.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps)
+
+echo "installing the environment into .venv (about 3 GB)"
+"${pip[@]}" install --quiet --require-hashes --no-deps -r requirements/tools.lock
+# By pip, because only pip sees a CPU build that the machine offers through find-links or an extra index; before the
+# lock, which then has the last word on every version.
+"${pip[@]}" install --quiet "$torch"
+"${uv[@]}" --require-hashes -r requirements/cpu.lock
+"${uv[@]}" --no-build-isolation --editable .
