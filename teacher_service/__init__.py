@@ -1,0 +1,1 @@
+"""A logprob service: token ids in, the teacher's distribution at the response positions out."""

@@ -1,0 +1,148 @@
+"""`python -m teacher_service serve …`: the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from pydantic.fields import FieldInfo
+
+from teacher_service.config import ServiceSettings, flag_of, load_settings, variable_of
+from teacher_service.errors import SettingsError, TeacherServiceError
+
+if TYPE_CHECKING:
+    from teacher_service.engine.base import Engine
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main() -> None:
+    """Entry of the console script `gkd-teacher`."""
+    build_app()()
+
+
+def build_app() -> typer.Typer:
+    """The command line; each setting is an option of `serve`."""
+    app = typer.Typer(
+        name="teacher_service",
+        help="A logprob service: token ids in, the teacher's distribution at the response positions out.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        # with a callback typer keeps the name of an only command
+        callback=_no_common_options,
+    )
+    serve.__signature__ = _signature_from_settings()  # type: ignore[attr-defined] # typer reads it
+    app.command()(serve)
+    return app
+
+
+def _no_common_options() -> None:
+    return
+
+
+def serve(**flags: Any) -> None:
+    """Serve a teacher over gRPC and HTTP until SIGTERM or SIGINT; a second signal ends without waiting for work."""
+    try:
+        settings = load_settings({name: value for name, value in flags.items() if value is not None})
+    except SettingsError as exc:
+        _fail(exc, EXIT_USAGE)
+    run_service(settings, _build_engine)
+
+
+def run_service(settings: ServiceSettings, build_engine: Callable[[ServiceSettings], Engine]) -> NoReturn:
+    """Serve until told to stop, and end the process with the exit code.
+
+    Args:
+        settings: how to serve.
+        build_engine: makes the engine, on the service's event loop.
+    """
+    try:
+        exit_code = asyncio.run(_serve(settings, build_engine))
+    except TeacherServiceError as exc:
+        _fail(exc, EXIT_FAILED)
+    sys.exit(exit_code)
+
+
+async def _serve(settings: ServiceSettings, build_engine: Callable[[ServiceSettings], Engine]) -> int:
+    # here, so that --help and a wrong flag answer without loading grpc
+    from teacher_service.server import TeacherServer, run_until_signalled
+    from teacher_service.telemetry import Telemetry, build_logger
+
+    telemetry = Telemetry(build_logger(level=settings.log_level, log_format=settings.log_format))
+    return await run_until_signalled(TeacherServer(settings, build_engine(settings), telemetry))
+
+
+def _build_engine(settings: ServiceSettings) -> Engine:
+    from teacher_service.engine.factory import build_engine
+
+    return build_engine(
+        settings.engine,
+        model=settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_model_len=settings.max_model_len,
+        max_num_logprobs=settings.max_num_logprobs,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        enforce_eager=settings.enforce_eager,
+    )
+
+
+def _fail(error: TeacherServiceError, exit_code: int) -> NoReturn:
+    typer.echo(f"error: {error.message}", err=True)
+    sys.exit(exit_code)
+
+
+def _signature_from_settings() -> inspect.Signature:
+    """The parameters of `serve`: one option for each setting, so that a setting is written down once."""
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_option(name, field),
+                # text, as in the environment: one place parses and refuses values, whichever way they came
+                annotation=(bool if _is_switch(field) else str) | None,
+            )
+            for name, field in ServiceSettings.model_fields.items()
+        ]
+    )
+
+
+def _option(name: str, field: FieldInfo) -> Any:
+    flag = flag_of(name)
+    default = "unset" if field.default is None else field.default
+    return typer.Option(
+        None,
+        f"{flag}/--no-{flag[2:]}" if _is_switch(field) else flag,
+        metavar=None if _is_switch(field) else _metavar(field),
+        help=f"{field.description} [env: {variable_of(name)}; default: {default}]",
+        show_default=False,
+    )
+
+
+def _is_switch(field: FieldInfo) -> bool:
+    return bool in (field.annotation, *typing.get_args(field.annotation))
+
+
+def _metavar(field: FieldInfo) -> str:
+    """What stands for the value in --help: the choices, or the type's name."""
+    kinds = [kind for kind in typing.get_args(field.annotation) if kind is not types.NoneType]
+    if not kinds:
+        kinds = [field.annotation]
+    return "|".join(kind.__name__.upper() if isinstance(kind, type) else str(kind) for kind in kinds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Settings of the service: each one a flag, an environment variable `TEACHER_<NAME>` and a line of `--help`.
+
+No heavy import: `--help` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from teacher_service.errors import SettingsError
+
+ENV_PREFIX = "TEACHER_"
+
+EngineName = Literal["vllm", "transformers", "fake"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["console", "json"]
+
+
+class ServiceSettings(BaseSettings):
+    """How one teacher is served. Flags win over environment variables, those over the defaults."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    model: str | None = Field(None, min_length=1, description="Directory of a Hugging Face checkpoint, or a hub id.")
+    engine: EngineName = Field("vllm", description="What scores: vllm, transformers (reference) or fake (analytic).")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for every interface.")
+    grpc_port: int = Field(15555, ge=0, le=65535, description="Port of gRPC; 0 takes a free one.")
+    http_port: int = Field(15556, ge=0, le=65535, description="Port of HTTP; 0 takes a free one.")
+    port_file: Path | None = Field(
+        None, description="File that holds the two addresses as JSON while the service listens."
+    )
+    dtype: DtypeName = Field("auto", description="Arithmetic type of the weights; auto takes the checkpoint's own.")
+    max_model_len: int | None = Field(None, ge=2, description="Longest sequence in tokens; unset: the model's own.")
+    max_num_logprobs: int = Field(256, ge=0, description="Largest num_logprobs a request may ask for.")
+    device: DeviceName = Field("auto", description="Where transformers computes: cpu, cuda or auto.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that vLLM spreads the model over.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory that vLLM may take.")
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="Size of vLLM's KV cache; unset: from the share above, or 1 GiB on a CPU."
+    )
+    max_num_batched_tokens: int | None = Field(None, ge=1, description="Tokens per step of vLLM; unset: its default.")
+    max_num_seqs: int | None = Field(None, ge=1, description="Sequences per step of vLLM; unset: its default.")
+    enforce_eager: bool | None = Field(None, description="Whether vLLM runs without compiling; unset: only on a CPU.")
+    max_request_bytes: int = Field(8 * 2**20, ge=64, description="Largest body of a request, in bytes.")
+    max_queued_requests: int = Field(1024, ge=0, description="Sequences that may wait for the engine.")
+    max_queued_tokens: int = Field(4 * 2**20, ge=2, description="Tokens that may wait for the engine.")
+    max_inflight_requests: int = Field(256, ge=1, description="Sequences in the engine at a time.")
+    max_inflight_tokens: int = Field(
+        2**18, ge=2, description="Tokens in the engine at a time; also bounds one sequence."
+    )
+    max_stream_inflight: int = Field(64, ge=1, description="Sequences in flight on one ScoreStream.")
+    max_timeout_s: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="Seconds a request may take, whatever its caller allows."
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="Seconds to finish work in flight after SIGTERM or SIGINT."
+    )
+    log_level: LogLevel = Field("info", description="Lowest level to log, on stderr: debug, info, warning or error.")
+    log_format: LogFormat = Field("console", description="Form of the log: console or json.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.engine != "fake" and self.model is None:
+            raise ValueError(f"engine {self.engine} needs a model; pass --model PATH")
+        if self.max_queued_tokens < self.max_inflight_tokens:
+            raise ValueError(
+                f"max_queued_tokens is {self.max_queued_tokens}, below max_inflight_tokens "
+                f"{self.max_inflight_tokens}: the longest sequence could never wait; raise the first"
+            )
+        return self
+
+
+def load_settings(flags: Mapping[str, Any]) -> ServiceSettings:
+    """Merge flags, the process's environment and defaults.
+
+    Args:
+        flags: values by setting name; only those that were given.
+
+    Raises:
+        SettingsError: a variable is unknown, or a value is out of range; one line with value, limit and remedy.
+    """
+    _refuse_unknown_variables(os.environ)
+    try:
+        return ServiceSettings(**flags)
+    except ValidationError as exc:
+        raise SettingsError("; ".join(_describe(error) for error in exc.errors())) from exc
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return ENV_PREFIX + name.upper()
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = {name.upper(): variable_of(name) for name in ServiceSettings.model_fields}
+    for variable in sorted(environ):
+        name = variable.upper().removeprefix(ENV_PREFIX)
+        if variable.upper().startswith(ENV_PREFIX) and name not in known:
+            nearest = known[difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]]
+            raise SettingsError(
+                f"environment variable {variable} is no setting; the nearest is {nearest} "
+                f"(`serve --help` lists all): rename or unset it",
+                metadata={"field": variable, "nearest": nearest},
+            )
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """One refused value in a line: where it came from, the value, and the rule."""
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    name = str(error["loc"][0])
+    if name not in ServiceSettings.model_fields:
+        return f"{name} is no setting; `serve --help` lists all"
+    return f"{flag_of(name)} (or {variable_of(name)}) is {error['input']!r}: {error['msg']}"

@@ -1,0 +1,170 @@
+"""What lies in a checkpoint's folder: where it is, a digest of its weights, the map of its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from protos.manifest import TokenizerManifest
+from teacher_service.errors import EngineStartError
+
+SAMPLES_PER_FILE = 64
+"""Evenly spaced samples of each weight file that enter the digest, the first and the last bytes among them."""
+SAMPLE_BYTES = 16 * 1024
+"""Bytes of one sample: 1 MiB per file, so 200 files of 5 GB take 200 MB of reading."""
+SPECIAL_ROLES = ("eos", "bos", "pad", "unk")
+
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+_TOKENIZER_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "*.tiktoken",
+)
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_SAFETENSORS_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format itself
+
+
+def model_name(model: str) -> str:
+    """The last component of a path or of a hub id."""
+    return Path(os.path.abspath(model)).name if _looks_like_path(model) else model.rsplit("/", 1)[-1]
+
+
+def locate_model(model: str) -> Path:
+    """Folder of a checkpoint: the given one, or the hub's snapshot of the given id (fetched where it isn't cached).
+
+    Raises:
+        EngineStartError: the path does not exist, is no folder or holds no model; or the hub lacks the id.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        if _looks_like_path(model):
+            raise EngineStartError(
+                f"model path {model!r} does not exist (looked at {path.absolute()}); give the folder of a "
+                "Hugging Face checkpoint, or a hub id of the form owner/name"
+            )
+        return _hub_snapshot(model)
+    if not path.is_dir():
+        raise EngineStartError(f"model path {model!r} is a file; give the folder that holds config.json")
+    if not (path / "config.json").is_file():
+        raise EngineStartError(f"model path {model!r} has no config.json; give the folder of a Hugging Face checkpoint")
+    if not weight_files(path):
+        raise EngineStartError(
+            f"model path {model!r} has no weight file ({', '.join(_WEIGHT_PATTERNS)}); is the download complete?"
+        )
+    return path
+
+
+def _looks_like_path(model: str) -> bool:
+    path = Path(model).expanduser()
+    # `models/teacher` may be both: with a folder `models` here it is a path, else a hub id.
+    inside_existing_folder = len(path.parts) > 1 and path.parent.exists()
+    return path.exists() or inside_existing_folder or model.startswith((".", "~")) or _HUB_ID.fullmatch(model) is None
+
+
+def _hub_snapshot(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["original/*", "*.pth", "*.gguf", "*.onnx"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
+        raise EngineStartError(
+            f"model {model!r} is no folder here, and the hub did not give it: {exc}; check the name, the network "
+            "and HF_TOKEN"
+        ) from exc
+
+
+def checkpoint_dtype(directory: Path) -> str | None:
+    """Arithmetic type that the checkpoint's config names, e.g. `bfloat16`; None where it names none.
+
+    Raises:
+        EngineStartError: config.json is no JSON object.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise EngineStartError(f"{path} is no JSON: {exc}; is the download complete?") from exc
+    if not isinstance(config, dict):
+        raise EngineStartError(f"{path} holds a {type(config).__name__}, not an object; is it a model's config?")
+    text_config = config.get("text_config", {})  # where a model with several parts keeps its language model
+    for section in (config, text_config):
+        for key in ("dtype", "torch_dtype"):  # the second is the older name
+            if isinstance(section.get(key), str):
+                return str(section[key]).removeprefix("torch.")
+    return None
+
+
+def weight_files(directory: Path) -> Sequence[Path]:
+    """The folder's weight files in order of name: those of the first format present. Empty: none."""
+    for pattern in _WEIGHT_PATTERNS:
+        if found := sorted(directory.glob(pattern)):
+            return found
+    return ()
+
+
+def weights_digest(directory: Path) -> str | None:
+    """SHA-256, lowercase hex, over each weight file's name, size, header and samples; None without weight files.
+
+    Reads at most the header and `SAMPLES_PER_FILE * SAMPLE_BYTES` of a file, so a change that touches only bytes
+    between the samples of a large file goes unseen. Training changes all of them.
+    """
+    files = weight_files(directory)
+    if not files:
+        return None
+    whole = hashlib.sha256()
+    for path in files:
+        num_bytes = path.stat().st_size
+        whole.update(json.dumps([path.name, num_bytes]).encode() + b"\n")
+        with path.open("rb") as file:
+            if path.suffix == ".safetensors":
+                whole.update(_safetensors_header(file))
+            for offset in _sample_offsets(num_bytes):
+                file.seek(offset)
+                whole.update(file.read(SAMPLE_BYTES))
+    return whole.hexdigest()
+
+
+def _safetensors_header(file: BinaryIO) -> bytes:
+    num_bytes = int.from_bytes(file.read(_SAFETENSORS_LENGTH_BYTES), "little")
+    return file.read(min(num_bytes, _MAX_HEADER_BYTES))
+
+
+def _sample_offsets(num_bytes: int) -> Sequence[int]:
+    """Where samples start: everything where the samples cover the file, else evenly spaced up to its last bytes."""
+    if num_bytes <= SAMPLES_PER_FILE * SAMPLE_BYTES:
+        return range(0, num_bytes, SAMPLE_BYTES)
+    last = num_bytes - SAMPLE_BYTES
+    return [last * i // (SAMPLES_PER_FILE - 1) for i in range(SAMPLES_PER_FILE)]
+
+
+def tokenizer_manifest(directory: Path) -> TokenizerManifest | None:
+    """What the folder's tokenizer maps; None where the folder has no tokenizer files.
+
+    Raises:
+        EngineStartError: there are tokenizer files, but they can't be loaded.
+    """
+    if not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_PATTERNS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        ids = {role: getattr(tokenizer, f"{role}_token_id") for role in SPECIAL_ROLES}
+        return TokenizerManifest.from_vocabulary(
+            vocabulary, {role: token_id for role, token_id in ids.items() if token_id is not None}
+        )
+    except Exception as exc:
+        raise EngineStartError(
+            f"the tokenizer in {directory} can't be loaded: {exc}; repair or remove its files"
+        ) from exc

@@ -1,0 +1,1 @@
+"""The vLLM engine, in process. The only package that imports vllm."""

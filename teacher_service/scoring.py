@@ -1,0 +1,231 @@
+"""The scoring core: validate, admit, ask the engine, check its answer. Knows no transport.
+
+Legend: S scored positions, K top-k entries, C candidates per position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from protos.arrays import ScoreArraysError, check_score_arrays
+from teacher_service.admission import Admission, AdmissionLimits, Phase
+from teacher_service.engine.base import Engine
+from teacher_service.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineDeadError,
+    EngineError,
+    TeacherServiceError,
+)
+from teacher_service.telemetry import RequestRecord
+from teacher_service.types import Capability, EngineInfo, Manifest, ScoreArrays, ScoreJob, ScoreResult, Timings
+from teacher_service.validation import ScoreRequest, validate
+
+UNKNOWN_VERSION = "0+unknown"
+"""The service's version where the distribution is not installed, e.g. a bare source tree on the path."""
+WIRE_CAPABILITIES = frozenset({Capability.WIRE_FLOAT16, Capability.WIRE_BFLOAT16})
+"""What the service itself adds to an engine's capabilities."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringLimits:
+    """The operator's bounds; the engine's own may be tighter."""
+
+    admission: AdmissionLimits
+    """Bounds of the queue and of what is in the engine."""
+    max_num_logprobs: int
+    """Largest K."""
+    max_request_bytes: int
+    """Largest body; transports enforce it, the manifest tells it."""
+    max_timeout_s: float
+    """Seconds a request may take, whatever its caller allows."""
+
+
+class Scorer:
+    """Scores sequences on one engine. Belongs to one event loop."""
+
+    def __init__(self, engine: Engine, limits: ScoringLimits) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._manifest: Manifest | None = None
+        self._running: set[asyncio.Timeout] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._abort_error: Callable[[], TeacherServiceError] | None = None
+        self.admission = Admission(limits.admission)
+        """The queue and its budget."""
+
+    @property
+    def phase(self) -> Phase:
+        """Where the service stands in its life."""
+        return self.admission.phase
+
+    @property
+    def limits(self) -> ScoringLimits:
+        """The operator's bounds."""
+        return self._limits
+
+    def manifest(self) -> Manifest:
+        """What this teacher is; also while draining, so that clients can still name it.
+
+        Raises:
+            NotReadyError: the model is still loading.
+            EngineDeadError: the engine died before it was loaded.
+        """
+        if self._manifest is None:
+            self.admission.check_open()
+            raise AssertionError("a serving teacher has a manifest")
+        return self._manifest
+
+    def open(self, info: EngineInfo) -> None:
+        """Take work from now on: the engine is loaded."""
+        self._manifest = build_manifest(info, self._limits)
+        if self.phase is Phase.LOADING:
+            self.admission.phase = Phase.SERVING
+
+    def begin_drain(self) -> None:
+        """Refuse new work from now on; work already taken goes on."""
+        if self.phase is not Phase.DEAD:
+            self.admission.phase = Phase.DRAINING
+
+    async def wait_idle(self) -> None:
+        """Return once no work is left."""
+        await self._idle.wait()
+
+    def abort_work(self) -> None:
+        """End all work with DrainingError: the time for draining is over."""
+        self._abort(
+            lambda: DrainingError("the service shut down before this sequence was finished; send it to another replica")
+        )
+
+    def fail(self, cause: BaseException) -> None:
+        """The engine is dead: refuse new work and end all work, with EngineDeadError."""
+        self.admission.phase = Phase.DEAD
+        message = f"the engine died ({cause}); send the work to another replica"
+        self._abort(lambda: EngineDeadError(message))
+
+    async def score(self, request: ScoreRequest, *, timeout_s: float | None, record: RequestRecord) -> ScoreResult:
+        """Score one sequence. Cancelling the call drops the work.
+
+        Args:
+            request: what to score.
+            timeout_s: seconds the caller allows; None: the service's own maximum.
+            record: told of sizes and times.
+
+        Raises:
+            TeacherServiceError: refused or failed; the subclass says how.
+        """
+        self.admission.check_open()
+        job = validate(request, self.manifest(), request_id=record.request_id)
+        record.num_tokens, record.num_scored, record.num_logprobs = job.num_tokens, job.num_scored, job.num_logprobs
+        async with self._bounded(timeout_s):
+            scores = await self._run(job, record)
+        _check_answer(scores, job, vocab_rows=self.manifest().vocab_rows)
+        return ScoreResult(
+            scores=scores,
+            manifest_digest=self.manifest().digest,
+            timings=Timings(queue_s=record.queue_s, engine_s=record.engine_s),
+        )
+
+    async def _run(self, job: ScoreJob, record: RequestRecord) -> ScoreArrays:
+        began_s = time.perf_counter()
+        async with self.admission.admit(job.num_tokens):
+            admitted_s = time.perf_counter()
+            record.queue_s = admitted_s - began_s
+            try:
+                return await self._engine.score(job)
+            finally:
+                record.engine_s = time.perf_counter() - admitted_s
+
+    @asynccontextmanager
+    async def _bounded(self, timeout_s: float | None) -> AsyncIterator[None]:
+        """Bound the work inside by its deadline, and let `_abort` end it before."""
+        limit_s = self._limits.max_timeout_s if timeout_s is None else min(timeout_s, self._limits.max_timeout_s)
+        if limit_s <= 0:
+            raise _deadline_error(limit_s)
+        scope = asyncio.timeout(limit_s)
+        self._running.add(scope)
+        self._idle.clear()
+        try:
+            async with scope:
+                yield
+        except TimeoutError as exc:
+            if not scope.expired():
+                raise
+            raise (self._abort_error() if self._abort_error is not None else _deadline_error(limit_s)) from exc
+        finally:
+            self._running.discard(scope)
+            if not self._running:
+                self._idle.set()
+
+    def _abort(self, error: Callable[[], TeacherServiceError]) -> None:
+        if self._abort_error is None:
+            self._abort_error = error
+        for scope in self._running:
+            if not scope.expired():
+                scope.reschedule(asyncio.get_running_loop().time())
+
+
+def build_manifest(info: EngineInfo, limits: ScoringLimits) -> Manifest:
+    """The manifest of an engine as this service offers it."""
+    return Manifest(
+        model_name=info.model_name,
+        weights_digest=info.weights_digest,
+        tokenizer=info.tokenizer,
+        vocab_rows=info.vocab_rows,
+        dtype=info.dtype,
+        max_model_len=info.max_model_len,
+        max_num_logprobs=min(info.max_num_logprobs, limits.max_num_logprobs),
+        # a sequence above the budget would wait for ever
+        max_request_tokens=min(info.max_request_tokens, limits.admission.max_inflight_tokens),
+        max_request_bytes=limits.max_request_bytes,
+        capabilities=info.capabilities | WIRE_CAPABILITIES,
+        engine=info.name,
+        engine_version=info.version,
+        service_version=service_version(),
+    )
+
+
+def service_version() -> str:
+    """Version of the installed distribution, or `UNKNOWN_VERSION`."""
+    try:
+        return importlib.metadata.version("gkd")
+    except importlib.metadata.PackageNotFoundError:
+        return UNKNOWN_VERSION
+
+
+def _check_answer(scores: ScoreArrays, job: ScoreJob, *, vocab_rows: int) -> None:
+    """Hold an engine to the contract.
+
+    Raises:
+        EngineError: the answer is not what was asked for, or not what the contract allows.
+    """
+    try:
+        check_score_arrays(scores, num_scored=job.num_scored, num_logprobs=job.num_logprobs, vocab_rows=vocab_rows)
+    except ScoreArraysError as exc:
+        raise EngineError(
+            f"the engine's answer breaks the contract: {exc}; the teacher's weights or engine are at fault, not the "
+            "request",
+            metadata={"request_id": job.request_id},
+        ) from exc
+    asked = None if job.candidate_token_ids is None else job.candidate_token_ids.shape
+    answered = None if scores.candidate_logprobs is None else scores.candidate_logprobs.shape
+    if asked != answered or job.return_entropy != (scores.entropy is not None):
+        raise EngineError(
+            f"the engine's answer breaks the contract: candidates {answered}, asked {asked}; entropy "
+            f"{scores.entropy is not None}, asked {job.return_entropy}",
+            metadata={"request_id": job.request_id},
+        )
+
+
+def _deadline_error(limit_s: float) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"the request was not answered within {limit_s:.3f} s, and its work was dropped; allow more time, or send less "
+        "at once",
+        metadata={"field": "timeout_s", "limit": f"{limit_s:.3f}"},
+    )

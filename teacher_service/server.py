@@ -1,0 +1,270 @@
+"""The running service: wiring, readiness, the watch over the engine, drain, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from teacher_service.admission import AdmissionLimits
+from teacher_service.config import ServiceSettings
+from teacher_service.engine.base import Engine
+from teacher_service.errors import AddressError, EngineDeadError
+from teacher_service.scoring import Scorer, ScoringLimits
+from teacher_service.telemetry import Telemetry
+from teacher_service.transports.grpc import GrpcTransport
+from teacher_service.transports.http import HttpTransport
+
+# For answers that are scored but not written yet, once no work is left.
+_WRITE_GRACE_S = 2.0
+_ENGINE_CLOSE_TIMEOUT_S = 20.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What a second signal leaves for closing the engine before the process ends regardless.
+_ABORT_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Addresses:
+    """Where the service listens."""
+
+    grpc: str
+    """`host:port` of gRPC."""
+    http: str
+    """`host:port` of HTTP."""
+
+
+class TeacherServer:
+    """Both transports over one scorer, and the life of the engine behind them."""
+
+    def __init__(self, settings: ServiceSettings, engine: Engine, telemetry: Telemetry) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._telemetry = telemetry
+        self._scorer = Scorer(engine, _limits(settings))
+        self._grpc = GrpcTransport(self._scorer, telemetry, max_stream_inflight=settings.max_stream_inflight)
+        self._http = HttpTransport(self._scorer, telemetry)
+        self._addresses: Addresses | None = None
+        self.ready = asyncio.Event()
+        """Set once the model is loaded and work is taken."""
+        _watch_admission(telemetry, self._scorer)
+
+    @property
+    def addresses(self) -> Addresses:
+        """Where the service listens; known within `listening`."""
+        if self._addresses is None:
+            raise RuntimeError("the service has no addresses; ask within `listening`")
+        return self._addresses
+
+    @property
+    def queued_requests(self) -> int:
+        """Sequences that wait for the engine."""
+        return self._scorer.admission.queued_requests
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[Addresses]:
+        """Hold both ports open, though nothing is loaded yet; at the end close them and the engine.
+
+        Raises:
+            AddressError: a port can't be opened, or the port file can't be written.
+        """
+        host = self._settings.host
+        port_file = self._settings.port_file
+        try:
+            grpc_port = await self._grpc.start(host, self._settings.grpc_port)
+            http_port = await self._http.start(host, self._settings.http_port)
+            self._addresses = Addresses(grpc=_join(host, grpc_port), http=_join(host, http_port))
+            if port_file is not None:
+                _write_port_file(port_file, self._addresses)
+            self._telemetry.logger.info("listening", grpc=self._addresses.grpc, http=self._addresses.http)
+            yield self._addresses
+        finally:
+            if port_file is not None:
+                port_file.unlink(missing_ok=True)
+            await asyncio.gather(self._grpc.stop(_WRITE_GRACE_S), self._http.stop(_WRITE_GRACE_S))
+            await self._close_engine()
+
+    async def run(self, *, stop: asyncio.Event, abort: asyncio.Event) -> None:
+        """Load the model and serve until `stop`, then drain; `abort` ends the drain at once.
+
+        Raises:
+            EngineStartError: the model can't be loaded.
+            EngineDeadError: the engine died; in-flight calls were told.
+        """
+        life = asyncio.create_task(self._live())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({life, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if life.done():
+                life.result()
+            await self._drain(life, abort)
+        finally:
+            stopping.cancel()
+            life.cancel()
+            await asyncio.gather(life, stopping, return_exceptions=True)
+
+    async def _live(self) -> NoReturn:
+        """Load the model, open the gates, and raise once the engine is dead."""
+        info = await self._engine.start()
+        self._scorer.open(info)
+        await self._grpc.set_serving(serving=True)
+        self.ready.set()
+        self._telemetry.logger.info("ready", model=info.model_name, engine=info.name, dtype=info.dtype)
+        cause = await self._engine.wait_dead()
+        self._scorer.fail(cause)
+        await self._grpc.set_serving(serving=False)
+        raise EngineDeadError(
+            f"the engine died: {_cause_of(cause)}; look above for its own log, and restart the service"
+        ) from cause
+
+    async def _drain(self, life: asyncio.Task[NoReturn], abort: asyncio.Event) -> None:
+        self._scorer.begin_drain()
+        await self._grpc.set_serving(serving=False)
+        admission = self._scorer.admission
+        self._telemetry.logger.info(
+            "draining",
+            inflight_requests=admission.inflight_requests,
+            queued_requests=admission.queued_requests,
+            drain_timeout_s=self._settings.drain_timeout_s,
+        )
+        idle = asyncio.create_task(self._scorer.wait_idle())
+        aborting = asyncio.create_task(abort.wait())
+        try:
+            await asyncio.wait(
+                {idle, aborting, life},
+                timeout=self._settings.drain_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if life.done():
+                life.result()
+            drained = idle.done()
+        finally:
+            idle.cancel()
+            aborting.cancel()
+        if not drained:
+            self._telemetry.logger.warning("drain cut short", inflight_requests=admission.inflight_requests)
+            self._scorer.abort_work()
+            await self._scorer.wait_idle()
+
+    async def _close_engine(self) -> None:
+        try:
+            async with asyncio.timeout(_ENGINE_CLOSE_TIMEOUT_S):
+                await self._engine.close()
+        except TimeoutError:
+            self._telemetry.logger.warning("the engine did not close in time", timeout_s=_ENGINE_CLOSE_TIMEOUT_S)
+
+
+async def run_until_signalled(server: TeacherServer) -> int:
+    """Serve until SIGTERM or SIGINT, then drain; returns the exit code.
+
+    A second signal drops the work in flight; the code is then 128 plus the signal's number.
+
+    Raises:
+        AddressError, EngineStartError, EngineDeadError: see `TeacherServer`.
+    """
+    signals = _Signals()
+    with signals:
+        async with server.listening():
+            announcing = asyncio.create_task(_announce(server))
+            try:
+                await server.run(stop=signals.stop, abort=signals.abort)
+            finally:
+                announcing.cancel()
+    return signals.exit_code
+
+
+async def _announce(server: TeacherServer) -> None:
+    """Say on stdout that work is taken, and where; whatever the log level."""
+    await server.ready.wait()
+    addresses = server.addresses
+    sys.stdout.write(f"ready: grpc {addresses.grpc} http http://{addresses.http}\n")
+    sys.stdout.flush()
+
+
+class _Signals:
+    """Turns the first signal into `stop` and the second into `abort`."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.abort = asyncio.Event()
+        self.exit_code = 0
+
+    def __enter__(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._receive, number)
+
+    def __exit__(self, *_: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+    def _receive(self, number: signal.Signals) -> None:
+        if not self.stop.is_set():
+            self.stop.set()
+            return
+        self.exit_code = 128 + number
+        if not self.abort.is_set():
+            self.abort.set()
+            # a thread, since a library may hold the event loop
+            timer = threading.Timer(_ABORT_GRACE_S, os._exit, [self.exit_code])
+            timer.daemon = True
+            timer.start()
+
+
+def _limits(settings: ServiceSettings) -> ScoringLimits:
+    return ScoringLimits(
+        admission=AdmissionLimits(
+            max_inflight_requests=settings.max_inflight_requests,
+            max_inflight_tokens=settings.max_inflight_tokens,
+            max_queued_requests=settings.max_queued_requests,
+            max_queued_tokens=settings.max_queued_tokens,
+        ),
+        max_num_logprobs=settings.max_num_logprobs,
+        max_request_bytes=settings.max_request_bytes,
+        max_timeout_s=settings.max_timeout_s,
+    )
+
+
+def _watch_admission(telemetry: Telemetry, scorer: Scorer) -> None:
+    admission = scorer.admission
+    telemetry.watch("teacher_inflight_requests", "Sequences in the engine.", lambda: admission.inflight_requests)
+    telemetry.watch("teacher_inflight_tokens", "Tokens in the engine.", lambda: admission.inflight_tokens)
+    telemetry.watch("teacher_queued_requests", "Sequences that wait.", lambda: admission.queued_requests)
+    telemetry.watch("teacher_queued_tokens", "Tokens that wait.", lambda: admission.queued_tokens)
+
+
+def _write_port_file(path: Path, addresses: Addresses) -> None:
+    """Write whole or not at all: a reader polls for it."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as exc:
+        raise AddressError(
+            f"can't write the port file {path}: {exc.strerror}; pass a --port-file in a writable folder",
+            metadata={"field": "--port-file", "value": f"{path}"},
+        ) from exc
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"grpc": addresses.grpc, "http": addresses.http}, file)
+        Path(temporary).replace(path)
+    except OSError as exc:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise AddressError(f"can't write the port file {path}: {exc.strerror}; pass another --port-file") from exc
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _cause_of(cause: BaseException) -> str:
+    return f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__

@@ -1,0 +1,149 @@
+"""One record per request, turned into metrics and a log line when the request ends."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from structlog.typing import FilteringBoundLogger, Processor
+
+from teacher_service.errors import ClientGoneError, InternalError, TeacherServiceError
+
+REASON_OK = "OK"
+_SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestRecord:
+    """What is known of one request while it runs; each layer fills in its part."""
+
+    method: str
+    """Name of the method, e.g. `Score`, `ScoreStream`, `POST /v1/score`."""
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Names the request in logs, errors and the engine."""
+    num_tokens: int = 0
+    """N of the sequence."""
+    num_scored: int = 0
+    """S of the sequence."""
+    num_logprobs: int = 0
+    """K that was asked for."""
+    queue_s: float = 0.0
+    """Seconds waiting for admission."""
+    engine_s: float = 0.0
+    """Seconds in the engine."""
+    encode_s: float = 0.0
+    """Seconds turning arrays into bytes."""
+    reason: str = REASON_OK
+    """How it ended: OK, CANCELLED, or an error's reason."""
+
+
+def build_logger(*, level: str, log_format: str, file: TextIO = sys.stderr) -> FilteringBoundLogger:
+    """A logger of its own; structlog's global configuration is left alone.
+
+    Args:
+        level: lowest level to log, e.g. `info`.
+        log_format: `json` for one object per line, `console` for people.
+        file: where the lines go.
+    """
+    if log_format == "json":
+        form: list[Processor] = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    else:
+        form = [structlog.dev.ConsoleRenderer(colors=file.isatty())]
+    logger: FilteringBoundLogger = structlog.wrap_logger(
+        structlog.WriteLogger(file),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *form,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+    )
+    return logger
+
+
+class Telemetry:
+    """Metrics and log of one service instance; its registry is its own."""
+
+    def __init__(self, logger: FilteringBoundLogger) -> None:
+        self.logger = logger
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "teacher_requests_total", "Requests by method and outcome.", ["method", "reason"], registry=self.registry
+        )
+        self._tokens = Counter(
+            "teacher_tokens_total", "Tokens of answered sequences, prompts included.", registry=self.registry
+        )
+        self._tokens_scored = Counter(
+            "teacher_tokens_scored_total", "Positions that were scored and answered.", registry=self.registry
+        )
+        self._queue_s = self._histogram("teacher_queue_seconds", "Seconds waiting for admission.")
+        self._engine_s = self._histogram("teacher_engine_seconds", "Seconds in the engine.")
+        self._encode_s = self._histogram("teacher_encode_seconds", "Seconds turning arrays into bytes.")
+        self._total_s = self._histogram("teacher_request_seconds", "Seconds from a request's arrival to its answer.")
+
+    def watch(self, name: str, description: str, read: Callable[[], float]) -> None:
+        """Offer a gauge that is read when metrics are collected."""
+        Gauge(name, description, registry=self.registry).set_function(read)
+
+    @contextmanager
+    def request(self, method: str) -> Iterator[RequestRecord]:
+        """Follow one request: fill in the record inside; metrics and a log line follow at the end.
+
+        Raises:
+            InternalError: something unexpected was raised inside; it is logged with its traceback, and the caller
+                is told the request's id alone.
+        """
+        record = RequestRecord(method=method)
+        began_s = time.perf_counter()
+        try:
+            yield record
+        except TeacherServiceError as exc:
+            record.reason = exc.reason
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            record.reason = ClientGoneError.reason
+            raise
+        except Exception as exc:
+            record.reason = InternalError.reason
+            self.logger.exception("request failed unexpectedly", request_id=record.request_id)
+            raise InternalError(
+                f"the service failed on this request; its log names the cause under request id {record.request_id}",
+                metadata={"request_id": record.request_id},
+            ) from exc
+        finally:
+            self._finish(record, total_s=time.perf_counter() - began_s)
+
+    def _finish(self, record: RequestRecord, *, total_s: float) -> None:
+        self._requests.labels(record.method, record.reason).inc()
+        if record.reason == REASON_OK and record.num_scored:
+            self._tokens.inc(record.num_tokens)
+            self._tokens_scored.inc(record.num_scored)
+            self._queue_s.observe(record.queue_s)
+            self._engine_s.observe(record.engine_s)
+            self._encode_s.observe(record.encode_s)
+            self._total_s.observe(total_s)
+        log = self.logger.debug if record.reason == REASON_OK else self.logger.info
+        log(
+            "request",
+            method=record.method,
+            reason=record.reason,
+            request_id=record.request_id,
+            num_tokens=record.num_tokens,
+            num_scored=record.num_scored,
+            num_logprobs=record.num_logprobs,
+            queue_s=round(record.queue_s, 6),
+            engine_s=round(record.engine_s, 6),
+            encode_s=round(record.encode_s, 6),
+            total_s=round(total_s, 6),
+        )
+
+    def _histogram(self, name: str, description: str) -> Histogram:
+        return Histogram(name, description, buckets=_SECONDS_BUCKETS, registry=self.registry)

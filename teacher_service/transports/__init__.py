@@ -1,0 +1,1 @@
+"""gRPC and HTTP: parse and format only, both over the one scoring core."""
