@@ -1,0 +1,209 @@
+"""The GKD keys: read from the composed configuration, validated, and taken out of what verl sees."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from trainer.errors import ConfigError
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class Mode(enum.StrEnum):
+    """What a run optimises."""
+
+    GRPO = "grpo"
+    """Reinforcement learning alone; no teacher."""
+    GKD = "gkd"
+    """Distillation alone; no reward."""
+    GKD_GRPO = "gkd_grpo"
+    """Policy gradient plus distillation."""
+
+
+class ActorConfig(BaseModel):
+    """`actor_rollout_ref.actor.*`: the keys beside verl's own."""
+
+    model_config = _FROZEN
+
+    use_teacher_kl_loss: bool = False
+    """Distil from a teacher."""
+    gkd_only_mode: bool = False
+    """Distillation alone, without a policy-gradient loss."""
+    teacher_kl_coef: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight of the divergence in the loss."""
+    teacher_kl_temperature: PositiveFloat = Field(default=1.0, allow_inf_nan=False)
+    """Temperature of both sides of the divergence."""
+    gkd_select_strategy: Literal["all", "random", "best", "worst"] = "all"
+    """Which of a prompt's n responses the teacher scores."""
+    gkd_select_k: PositiveInt = 1
+    """How many of them, for random, best and worst."""
+    gkd_divergence: Literal["forward_kl"] = "forward_kl"
+    """Which divergence."""
+    gkd_tail: Literal["bucket"] = "bucket"
+    """What becomes of the probability outside the top-k."""
+
+
+class TeacherConfig(BaseModel):
+    """`actor_rollout_ref.teacher.*`."""
+
+    model_config = _FROZEN
+
+    server_ip: str = "127.0.0.1"
+    """Host of the teacher service."""
+    server_port: int = Field(default=15555, ge=1, le=65535)
+    """Its gRPC port."""
+    n_server_workers: PositiveInt = 1
+    """Teacher replicas or workers that share the load."""
+    temperature: PositiveFloat = Field(default=1.0, allow_inf_nan=False)
+    """Temperature of the teacher's side, applied by the teacher before its softmax."""
+    endpoints: tuple[str, ...] | None = None
+    """`host:port` of every replica; null: `server_ip:server_port`."""
+    num_logprobs: PositiveInt = 64
+    """K, the top-k entries per position that the teacher sends. Capped at the teacher's vocabulary."""
+    timeout_s: PositiveFloat = Field(default=60.0, allow_inf_nan=False)
+    """Seconds that one attempt may take."""
+    max_wait_s: PositiveFloat = Field(default=600.0, allow_inf_nan=False)
+    """Seconds that one sequence may take, retries included."""
+    connect_timeout_s: PositiveFloat = Field(default=10.0, allow_inf_nan=False)
+    """Seconds to wait at start for a teacher that is not there or not ready yet."""
+    max_inflight_per_worker: PositiveInt = 64
+    """Sequences in flight per teacher worker: n_server_workers times this is the client's bound."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """`host:port` of every teacher to call."""
+        return self.endpoints or (f"{self.server_ip}:{self.server_port}",)
+
+    @property
+    def max_inflight(self) -> int:
+        """Sequences that one client keeps in flight."""
+        return self.n_server_workers * self.max_inflight_per_worker
+
+
+class TrainerConfig(BaseModel):
+    """`trainer.*`: the keys beside verl's own."""
+
+    model_config = _FROZEN
+
+    enable_off_policy: bool = False
+    """Mix in ground-truth answers (GKD only)."""
+    gkd_lambda: float = Field(default=1.0, ge=0, le=1)
+    """Share of the questions that is on-policy."""
+    data_partition_seed: int = Field(default=12345, ge=0)
+    """Seed of the split of the questions."""
+
+
+class DataConfig(BaseModel):
+    """`data.*`: the keys beside verl's own."""
+
+    model_config = _FROZEN
+
+    question_key: str = "question"
+    """Column of the question, where there is no prompt column."""
+    answer_key: str = "answer"
+    """Column of the ground-truth answer."""
+    off_policy_files: str | tuple[str, ...] | None = None
+    """Parquet files of the off-policy data."""
+    off_policy_batch_size: PositiveInt | None = None
+    """Rows per off-policy batch; null: `data.train_batch_size`."""
+
+
+class GKDConfig(BaseModel):
+    """All GKD keys of a run."""
+
+    model_config = _FROZEN
+
+    actor: ActorConfig = ActorConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    data: DataConfig = DataConfig()
+
+    @property
+    def mode(self) -> Mode:
+        """What the run optimises."""
+        if not self.actor.use_teacher_kl_loss:
+            return Mode.GRPO
+        return Mode.GKD if self.actor.gkd_only_mode else Mode.GKD_GRPO
+
+    @property
+    def request_temperature(self) -> float:
+        """The temperature that the teacher is asked to apply before its softmax."""
+        return self.actor.teacher_kl_temperature * self.teacher.temperature
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> GKDConfig:
+        """Read the GKD keys of a composed and resolved configuration.
+
+        Args:
+            config: plain nested mappings (`OmegaConf.to_container(..., resolve=True)`).
+
+        Raises:
+            ConfigError: a value is out of range, a key of the teacher section is unknown, or keys contradict
+                each other.
+        """
+        actor_rollout_ref = config["actor_rollout_ref"]
+        sections = {
+            "actor": (_pick(ActorConfig, actor_rollout_ref["actor"]), "actor_rollout_ref.actor"),
+            "teacher": (dict(actor_rollout_ref["teacher"]), "actor_rollout_ref.teacher"),
+            "trainer": (_pick(TrainerConfig, config["trainer"]), "trainer"),
+            "data": (_pick(DataConfig, config["data"]), "data"),
+        }
+        try:
+            gkd = cls.model_validate({name: values for name, (values, _) in sections.items()})
+        except ValidationError as exc:
+            raise ConfigError(_explain(exc, {name: path for name, (_, path) in sections.items()})) from exc
+        gkd.check(num_rollouts=config["actor_rollout_ref"]["rollout"]["n"])
+        return gkd
+
+    def check(self, *, num_rollouts: int) -> None:
+        """Check the keys against each other.
+
+        Args:
+            num_rollouts: `actor_rollout_ref.rollout.n`.
+
+        Raises:
+            ConfigError: they contradict each other.
+        """
+        if self.mode is Mode.GRPO:
+            return
+        if self.mode is Mode.GKD_GRPO:
+            raise ConfigError(
+                "actor_rollout_ref.actor.use_teacher_kl_loss=true with gkd_only_mode=false (GKD + GRPO) is not offered "
+                "yet; set actor_rollout_ref.actor.gkd_only_mode=true, or use_teacher_kl_loss=false for GRPO alone"
+            )
+        if self.trainer.enable_off_policy:
+            raise ConfigError(
+                "trainer.enable_off_policy=true is not offered yet; set it to false: the student writes every response"
+            )
+        if self.actor.gkd_select_strategy != "all":
+            raise ConfigError(
+                f"actor_rollout_ref.actor.gkd_select_strategy={self.actor.gkd_select_strategy} is not offered with "
+                "gkd_only_mode=true; set it to all"
+            )
+        if num_rollouts < 1:
+            raise ConfigError(f"actor_rollout_ref.rollout.n is {num_rollouts}; it must be at least 1")
+
+
+def _pick(model: type[BaseModel], section: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own keys of a section that also holds verl's."""
+    return {name: section[name] for name in model.model_fields if name in section}
+
+
+def _explain(exc: ValidationError, paths: Mapping[str, str]) -> str:
+    lines = []
+    for error in exc.errors():
+        section, *rest = (str(part) for part in error["loc"])
+        key = ".".join([paths[section], *rest])
+        if error["type"] == "extra_forbidden":
+            known = sorted(TeacherConfig.model_fields)
+            near = difflib.get_close_matches(rest[-1], known, n=1)
+            hint = f"did you mean {paths[section]}.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{key} is not a key of this trainer; {hint}")
+        else:
+            lines.append(f"{key}={error['input']!r}: {error['msg']}")
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""One endpoint: its channel, sized by what its manifest allows, and its calls with the trainer's errors."""
+
+from __future__ import annotations
+
+import grpc
+
+from protos.codec import CodecError, manifest_from_pb
+from protos.manifest import Manifest
+from protos.teacher.v1 import teacher_pb2 as pb
+from protos.teacher.v1.teacher_pb2_grpc import TeacherServiceStub
+from trainer.errors import TeacherAnswerError
+from trainer.teacher.failures import translated_errors
+
+_KEEPALIVE_PERIOD_S = 30.0
+_KEEPALIVE_TIMEOUT_S = 10.0
+_FIRST_RECONNECT_DELAY_S = 0.1
+_MAX_RECONNECT_DELAY_S = 2.0
+_MANIFEST_BYTES = 1 << 20
+"""Most that a manifest may have: 8 bytes per 1,024 tokens, and a few hundred for the rest."""
+_OTHER_FIELDS_BYTES = 4096
+_INT32_MAX = 2**31 - 1
+
+
+class Endpoint:
+    """A channel to one teacher. Made and closed in one event loop."""
+
+    def __init__(self, name: str, *, connect_timeout_s: float, max_receive_bytes: int, max_send_bytes: int) -> None:
+        self.name = name
+        """`host:port`."""
+        self._channel = grpc.aio.insecure_channel(
+            name,
+            options=[
+                ("grpc.max_receive_message_length", max_receive_bytes),
+                ("grpc.max_send_message_length", max_send_bytes),
+                ("grpc.keepalive_time_ms", round(_KEEPALIVE_PERIOD_S * 1000)),
+                ("grpc.keepalive_timeout_ms", round(_KEEPALIVE_TIMEOUT_S * 1000)),
+                # Without it, gRPC stops pinging during a call that takes minutes, and a dead peer goes unnoticed.
+                ("grpc.http2.max_pings_without_data", 0),
+                # A channel that waits up to two minutes before it connects again outlives every retry.
+                ("grpc.initial_reconnect_backoff_ms", round(_FIRST_RECONNECT_DELAY_S * 1000)),
+                ("grpc.max_reconnect_backoff_ms", round(_MAX_RECONNECT_DELAY_S * 1000)),
+                # Despite its name, gRPC gives up a single connection attempt after this long.
+                ("grpc.min_reconnect_backoff_ms", max(round(connect_timeout_s * 1000), 100)),
+                # A new client starts afresh, not with the back-off of an older one in this process.
+                ("grpc.use_local_subchannel_pool", 1),
+                # A teacher stands on the private network; a proxy meant for the internet would lose the call.
+                ("grpc.enable_http_proxy", 0),
+            ],
+        )
+        self._stub = TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated
+
+    @classmethod
+    def for_manifest(cls, name: str, *, connect_timeout_s: float) -> Endpoint:
+        """A channel that takes a manifest and nothing larger."""
+        return cls(
+            name,
+            connect_timeout_s=connect_timeout_s,
+            max_receive_bytes=_MANIFEST_BYTES,
+            max_send_bytes=_OTHER_FIELDS_BYTES,
+        )
+
+    @classmethod
+    def for_scoring(cls, name: str, manifest: Manifest, *, connect_timeout_s: float) -> Endpoint:
+        """A channel that takes the largest answer this teacher can owe."""
+        return cls(
+            name,
+            connect_timeout_s=connect_timeout_s,
+            max_receive_bytes=max_answer_bytes(manifest),
+            max_send_bytes=min(manifest.max_request_bytes, _INT32_MAX),
+        )
+
+    async def get_manifest(self, *, timeout_s: float) -> Manifest:
+        """What the teacher is.
+
+        Raises:
+            TeacherError: the call failed.
+            TeacherAnswerError: what came is no valid manifest.
+        """
+        with translated_errors(self.name, timeout_s=timeout_s):
+            answer: pb.GetManifestResponse = await self._stub.GetManifest(pb.GetManifestRequest(), timeout=timeout_s)
+        try:
+            return manifest_from_pb(answer.manifest)
+        except CodecError as exc:
+            raise TeacherAnswerError(
+                f"the manifest of the teacher at {self.name} is invalid: {exc}; is it a teacher service?",
+                endpoint=self.name,
+                reason="INVALID_MANIFEST",
+            ) from exc
+
+    async def score(self, request: pb.ScoreRequest, *, timeout_s: float) -> pb.ScoreResponse:
+        """The answer to one request, not yet checked.
+
+        Raises:
+            TeacherError: the call failed.
+        """
+        with translated_errors(self.name, timeout_s=timeout_s):
+            answer: pb.ScoreResponse = await self._stub.Score(request, timeout=timeout_s)
+        return answer
+
+    async def close(self) -> None:
+        """Close the channel; a call still under way is cancelled."""
+        await self._channel.close(grace=None)
+
+
+def max_answer_bytes(manifest: Manifest) -> int:
+    """Largest ScoreResponse that a teacher with this manifest can send, in bytes.
+
+    Per position: K ids and K logprobs, the sampled logprob, tail mass and entropy, 4 bytes each at most. Candidates
+    answer with as many bytes as they were asked with, which the request's limit bounds.
+    """
+    per_position = 4 * (2 * manifest.max_num_logprobs + 3)
+    needed = manifest.max_request_tokens * per_position + manifest.max_request_bytes + _OTHER_FIELDS_BYTES
+    return min(needed, _INT32_MAX)

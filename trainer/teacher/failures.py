@@ -1,0 +1,109 @@
+"""gRPC statuses to the trainer's errors, and the words for a call that was given up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2  # type: ignore[import-untyped] # googleapis ships no stubs
+from grpc_status import rpc_status
+
+from trainer.errors import TeacherDeadlineError, TeacherError, TeacherOverloadedError
+from trainer.teacher.retry import error_class
+
+UNREACHABLE = "UNREACHABLE"
+"""Reason of a failure in which no teacher spoke: refused, reset, unresolved."""
+NOT_READY = "NOT_READY"
+"""The service's reason while it loads its model."""
+
+_START_ONE = (
+    "start one with `python -m teacher_service serve --model PATH --grpc-port 15555` or set "
+    "actor_rollout_ref.teacher.server_ip/server_port"
+)
+
+
+@contextmanager
+def translated_errors(endpoint: str, *, timeout_s: float) -> Iterator[None]:
+    """Raise the trainer's error for a call to `endpoint` that failed.
+
+    Raises:
+        TeacherError: the class that the status stands for.
+    """
+    try:
+        yield
+    except grpc.aio.AioRpcError as exc:
+        raise _error_of(exc, endpoint, timeout_s) from exc
+
+
+def gave_up(error: TeacherError, *, num_attempts: int, elapsed_s: float, time_limits: str) -> TeacherError:
+    """The error of a call that was retried in vain: what failed last, how often it was tried, what to do.
+
+    Args:
+        error: the last failure.
+        num_attempts: attempts made.
+        elapsed_s: seconds they and the waits between them took.
+        time_limits: names of the settings to raise for a teacher that is merely slow.
+    """
+    attempts = f"{num_attempts} attempt{'' if num_attempts == 1 else 's'}"
+    return type(error)(
+        f"{error.message} after {attempts} in {elapsed_s:.1f} s; {_remedy(error, time_limits)}",
+        endpoint=error.endpoint,
+        reason=error.reason,
+        metadata=error.metadata,
+        retry_delay_s=error.retry_delay_s,
+    )
+
+
+def _remedy(error: TeacherError, time_limits: str) -> str:
+    if error.reason == UNREACHABLE:
+        return _START_ONE
+    if error.reason == NOT_READY:
+        return "raise wait_ready_s if the model needs longer to load"
+    if isinstance(error, TeacherDeadlineError):
+        return f"check that a teacher service listens there, or raise {time_limits}"
+    if isinstance(error, TeacherOverloadedError):
+        return f"lower max_inflight, raise {time_limits}, or add a teacher"
+    return "see the teacher's log"
+
+
+def _error_of(exc: grpc.aio.AioRpcError, endpoint: str, timeout_s: float) -> TeacherError:
+    code = exc.code().name
+    reason, metadata, retry_delay_s = _details_of(exc)
+    message = f"the teacher at {endpoint} says: {exc.details()}"
+    if reason is None:
+        reason = UNREACHABLE if code == "UNAVAILABLE" else code
+        if code == "UNAVAILABLE":
+            message = f"no teacher answers at {endpoint} ({_cause_in(exc.details() or '')})"
+        elif code == "DEADLINE_EXCEEDED":
+            message = f"the teacher at {endpoint} did not answer within {timeout_s:.1f} s"
+        else:
+            message = f"the call to the teacher at {endpoint} ended with {code}: {exc.details()}"
+    return error_class(code, reason)(
+        message, endpoint=endpoint, reason=reason, metadata=metadata, retry_delay_s=retry_delay_s
+    )
+
+
+def _details_of(exc: grpc.aio.AioRpcError) -> tuple[str | None, dict[str, str], float | None]:
+    """Reason, metadata and retry delay of google.rpc's details; a status without valid ones has none."""
+    try:
+        # the call's interface is all that from_call reads, and AioRpcError has it
+        status = rpc_status.from_call(exc)  # type: ignore[arg-type]
+    except (ValueError, DecodeError):
+        return None, {}, None
+    reason, metadata, retry_delay_s = None, {}, None
+    for detail in status.details if status is not None else ():
+        error_info, retry_info = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(error_info):
+            reason, metadata = error_info.reason or None, dict(error_info.metadata)
+        elif detail.Unpack(retry_info):
+            retry_delay_s = max(retry_info.retry_delay.ToTimedelta().total_seconds(), 0.0)
+    return reason, metadata, retry_delay_s
+
+
+def _cause_in(details: str) -> str:
+    """The cause within gRPC's chain of wrapped messages, e.g. `connection refused`."""
+    refused = re.search(r"(connection refused|connection reset|no route to host|timed? ?out)", details, re.IGNORECASE)
+    return refused.group(1).lower() if refused else details or "no cause given"

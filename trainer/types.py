@@ -1,0 +1,34 @@
+"""Plain values that travel through the trainer.
+
+Legend: S scored positions, K top-k entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos.arrays import ScoreArrays
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherTimings:
+    """Where the time of one teacher call went, in seconds."""
+
+    total_s: float
+    """From the call to the answer, retries included, seen by the client."""
+    queue_s: float
+    """Waiting for admission, as the service says."""
+    engine_s: float
+    """In the engine, as the service says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TeacherScores(ScoreArrays):
+    """The teacher's distribution at S positions; row i predicts token `score_start + i`. Arrays: see `ScoreArrays`."""
+
+    manifest_digest: str
+    """Digest of the teacher that answered."""
+    endpoint: str
+    """`host:port` that answered."""
+    timings: TeacherTimings
+    """Where the time went."""

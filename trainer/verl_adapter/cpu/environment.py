@@ -1,0 +1,98 @@
+"""What verl, vLLM and Ray need to run without an accelerator: environment and configuration defaults.
+
+Imports none of them: it has to run before they are imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Set
+
+from omegaconf import DictConfig, OmegaConf
+
+ENVIRONMENT: Mapping[str, str] = {
+    "VERL_USE_EXTERNAL_MODULES": "trainer.verl_adapter.cpu.plugin",
+    "VERL_PLATFORM": "cpu",
+    # verl registers its FSDP engine for cuda and npu only; the engine itself runs on a CPU
+    "VERL_ENGINE_DEVICE": "cuda",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    # what vLLM compiles for its sampler takes longer to compile than it ever saves on a small model
+    "TORCH_COMPILE_DISABLE": "1",
+    # the teacher may run on this machine too: at Ray's own niceness of 15 it would starve the trainer
+    "RAY_worker_niceness": "0",
+    # Ray would otherwise hide the (counted, not real) GPU from workers that ask for none
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+"""Set in the driver and in every Ray worker, unless the user's environment says otherwise."""
+
+CONFIG_DEFAULTS: Mapping[str, object] = {
+    "actor_rollout_ref.model.use_remove_padding": False,
+    "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+    "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+    "actor_rollout_ref.actor.strategy": "fsdp2",
+    "actor_rollout_ref.actor.use_torch_compile": False,
+    "actor_rollout_ref.ref.use_torch_compile": False,
+    # vLLM on a CPU has no sleep mode
+    "actor_rollout_ref.rollout.free_cache_engine": False,
+    "actor_rollout_ref.rollout.enable_sleep_mode": False,
+    "actor_rollout_ref.rollout.enforce_eager": True,
+    # in the engine's process: vLLM's worker beside it would spin on its queue, a whole core taken from the others
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend": (
+        "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    ),
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    "actor_rollout_ref.rollout.agent.num_workers": 1,
+    "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": 16,
+    "actor_rollout_ref.rollout.name": "vllm",
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 64,
+    "data.train_batch_size": 64,
+    "data.dataloader_num_workers": 0,
+    "reward.num_workers": 1,
+    "trainer.n_gpus_per_node": 1,
+    "trainer.logger": ["console"],
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+    "ray_kwargs.ray_init.num_cpus": 16,
+    "ray_kwargs.ray_init.include_dashboard": False,
+    "ray_kwargs.ray_init.object_store_memory": 500_000_000,
+}
+"""Applied where the user's command line is silent. `ray_init.num_gpus` follows `trainer.n_gpus_per_node`."""
+
+
+def set_environment() -> None:
+    """Set what the driver and its children need, leaving what the user already set."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def apply_config_defaults(config: DictConfig, user_keys: Set[str]) -> None:
+    """Fill in what a machine without an accelerator needs, in place, wherever the user did not choose.
+
+    Args:
+        config: the composed configuration, before verl sees it.
+        user_keys: dotted keys that the command line names.
+    """
+    for key, value in CONFIG_DEFAULTS.items():
+        if key not in user_keys:
+            OmegaConf.update(config, key, value, force_add=True)
+    _choose_micro_batches(config, user_keys)
+    if "ray_kwargs.ray_init.num_gpus" not in user_keys:
+        OmegaConf.update(config, "ray_kwargs.ray_init.num_gpus", config.trainer.n_gpus_per_node, force_add=True)
+    for name, value in ENVIRONMENT.items():
+        key = f"ray_kwargs.ray_init.runtime_env.env_vars.{name}"
+        OmegaConf.update(config, key, os.environ.get(name, value), force_add=True)
+
+
+def _choose_micro_batches(config: DictConfig, user_keys: Set[str]) -> None:
+    """Pack by tokens, or use the actor's micro-batch size everywhere: verl refuses to choose one itself."""
+    size_key = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    if size_key not in user_keys:
+        if "actor_rollout_ref.actor.use_dynamic_bsz" not in user_keys:
+            OmegaConf.update(config, "actor_rollout_ref.actor.use_dynamic_bsz", True)
+        return
+    for section in ("rollout", "ref"):
+        key = f"actor_rollout_ref.{section}.log_prob_micro_batch_size_per_gpu"
+        if key not in user_keys:
+            OmegaConf.update(config, key, OmegaConf.select(config, size_key))

@@ -1,0 +1,70 @@
+"""vLLM rollouts on a CPU: verl's replica with a worker that can load weights more than once.
+
+vLLM on a CPU repacks linear layers after loading and drops their weight loaders, so verl's in-place load of a second
+set of weights fails. vLLM's own layerwise reload works, except that a tied LM head keeps its old packed copy: the
+rollout would go on with stale weights, and nothing would say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+
+def reload_weights(model_runner: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> None:  # vLLM's, untyped
+    """Load a whole set of weights into a running vLLM model, tied LM head included."""
+    model_runner.reload_weights(weights_iterator=iter(weights))
+    if not getattr(model_runner.model_config.hf_text_config, "tie_word_embeddings", False):
+        return
+    modules = list(model_runner.get_model().modules())
+    embedding = next(
+        one for one in modules if isinstance(one, VocabParallelEmbedding) and not isinstance(one, ParallelLMHead)
+    )
+    for head in modules:
+        if isinstance(head, ParallelLMHead):
+            head.weight = embedding.weight
+            head.quant_method.process_weights_after_loading(head)  # packs the new weights
+
+
+class CPUWorkerExtension(vLLMColocateWorkerExtension):  # type: ignore[misc]  # verl carries no types
+    """Receives weights from the trainer and reloads them as vLLM on a CPU allows."""
+
+    def update_weights_from_ipc(
+        self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
+    ) -> None:
+        """Take one full set of weights. LoRA adapters after the first sync go verl's own way."""
+        if peft_config and base_sync_done:
+            super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
+            return
+        received: list[tuple[str, torch.Tensor]] = []
+
+        def keep(bucket: Sequence[tuple[str, torch.Tensor]], is_last: bool) -> None:
+            # a view would keep the shared-memory segment from being closed
+            received.extend((name, tensor.clone()) for name, tensor in bucket)
+
+        BucketedWeightReceiver(
+            zmq_handle=self._get_zmq_handle(), device=torch.device("cpu"), use_shm=use_shm
+        ).receive_weights(keep)
+        reload_weights(self.model_runner, received)
+
+
+class CPUHttpServer(vLLMHttpServer):  # type: ignore[misc]
+    """verl's vLLM server with the worker extension above."""
+
+    def _get_worker_extension_cls(self) -> str:
+        return f"{CPUWorkerExtension.__module__}.{CPUWorkerExtension.__name__}"
+
+
+class CPUReplica(vLLMReplica):  # type: ignore[misc]
+    """verl's vLLM replica with the server above."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # verl's signature, passed on whole
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(CPUHttpServer)

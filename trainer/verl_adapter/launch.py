@@ -1,0 +1,93 @@
+"""From a composed configuration to a running verl trainer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.trainer.main_ppo import run_ppo
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+from verl.utils.device import auto_set_device
+
+from trainer.config import GKDConfig, Mode
+from trainer.config.gkd import ActorConfig
+from trainer.verl_adapter.task_runner import GKDTaskRunner
+
+AGENT_LOOP_MANAGER = "trainer.verl_adapter.agent_loop.GKDAgentLoopManager"
+REWARD_MODULE, REWARD_FUNCTION = "pkg://trainer.verl_adapter.reward", "compute_score"
+DATASET_MODULE, DATASET_CLASS = "pkg://trainer.verl_adapter.dataset", "GKDDataset"
+
+
+def launch(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> None:
+    """Hand verl a configuration it knows, and train.
+
+    Args:
+        config: the composed configuration; changed in place.
+        gkd: its GKD keys, as `preflight` returned them.
+        user_keys: dotted keys that the command line names.
+
+    Raises:
+        GKDError: training failed for a reason that this project names.
+    """
+    _hand_over(config, gkd)
+    with _own_ray_folder(config, user_keys):
+        auto_set_device(config)
+        validate_config(config, need_reference_policy(config), need_critic(config))
+        try:
+            run_ppo(config, task_runner_class=GKDTaskRunner)
+        finally:
+            ray.shutdown()
+
+
+def _hand_over(config: DictConfig, gkd: GKDConfig) -> None:
+    """Take our keys out of the sections that verl instantiates, and name our classes where verl looks for its own."""
+    with open_dict(config):
+        for name in ActorConfig.model_fields:
+            config.actor_rollout_ref.actor.pop(name, None)
+        config.actor_rollout_ref.pop("teacher", None)
+        if config.data.custom_cls.path is None:
+            config.data.custom_cls = {"path": DATASET_MODULE, "name": DATASET_CLASS}
+        if config.reward.custom_reward_function.path is None:
+            config.reward.custom_reward_function.path = REWARD_MODULE
+            config.reward.custom_reward_function.name = REWARD_FUNCTION
+        if gkd.mode is Mode.GRPO:
+            return
+        config.gkd = gkd.model_dump(mode="json")
+        config.actor_rollout_ref.rollout.agent.agent_loop_manager_class = AGENT_LOOP_MANAGER
+        config.actor_rollout_ref.rollout.calculate_log_probs = True
+        if gkd.mode is Mode.GKD:
+            config.critic.enable = False
+            if not _validates(config):
+                config.reward.num_workers = 0  # nothing would ask them
+
+
+def _validates(config: DictConfig) -> bool:
+    return bool(config.trainer.val_before_train or config.trainer.test_freq > 0)
+
+
+@contextmanager
+def _own_ray_folder(config: DictConfig, user_keys: Set[str]) -> Iterator[None]:
+    """On a single machine, run Ray apart from any other Ray on it, in a folder that is removed afterwards."""
+    if config.trainer.device != "cpu" or "ray_kwargs.ray_init.address" in user_keys:
+        yield
+        return
+    folder = tempfile.mkdtemp(prefix="gkd-ray-")  # short: Ray puts sockets there, and their paths are limited
+    settings: dict[str, Any] = {"address": "local", "_temp_dir": folder}
+    outer_folder = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder  # vLLM leaves its sockets behind, Ray a file: there they go with the folder
+    try:
+        OmegaConf.update(config, "ray_kwargs.ray_init", settings, merge=True, force_add=True)
+        yield
+    finally:
+        if outer_folder is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = outer_folder
+        shutil.rmtree(folder, ignore_errors=True)

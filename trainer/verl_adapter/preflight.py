@@ -1,0 +1,189 @@
+"""What is checked before anything is started: data files, the student, and whether the teacher fits it.
+
+Imports neither verl nor Ray: a run that can't work is refused in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import structlog
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoTokenizer
+
+from protos.manifest import Manifest
+from trainer.config import GKDConfig, Mode
+from trainer.errors import ConfigError, DatasetError
+from trainer.teacher import StudentInfo, TeacherClient, check_compatibility
+
+_log = structlog.get_logger(__name__)
+_ROLES = ("eos", "bos", "pad", "unk")
+
+
+def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> GKDConfig:
+    """Check all that can be checked, and print the resolved GKD section.
+
+    Args:
+        config: the composed configuration; validation is turned off in it where there is no file for it.
+        gkd: its GKD keys.
+        user_keys: dotted keys that the command line names.
+
+    Returns:
+        The GKD keys, with K capped at the teacher's vocabulary.
+
+    Raises:
+        ConfigError: the student or the trainer mode does not work.
+        DatasetError: a data file is missing or lacks columns.
+        TeacherUnavailableError: no teacher answers.
+        TeacherMismatchError: the teacher does not fit the student.
+    """
+    _choose_validation(config, user_keys)
+    for key in ("train_files", "val_files"):
+        check_data_files(
+            as_files(config.data[key]),
+            key=f"data.{key}",
+            prompt_key=config.data.prompt_key,
+            question_key=gkd.data.question_key,
+        )
+    model = config.actor_rollout_ref.model
+    student = read_student(model.path, trust_remote_code=bool(model.get("trust_remote_code", False)))
+    if gkd.mode is Mode.GRPO:
+        return gkd
+    if config.trainer.v1.trainer_mode != "sync":
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} is not offered with a teacher yet; use sync"
+        )
+    max_tokens = int(config.data.max_prompt_length + config.data.max_response_length)
+    gkd, manifest = fit_to_teacher(gkd, student, max_tokens=max_tokens)
+    print(OmegaConf.to_yaml({"gkd": dict(describe(gkd, manifest))}), flush=True)  # noqa: T201  # for the user
+    return gkd
+
+
+def _choose_validation(config: DictConfig, user_keys: Set[str]) -> None:
+    """Without validation files, don't validate: verl would look for a default path."""
+    if "data.val_files" in user_keys:
+        return
+    config.data.val_files = config.data.train_files
+    config.trainer.val_before_train = False
+    config.trainer.test_freq = -1
+    _log.info("no validation: data.val_files is not given")
+
+
+def check_data_files(files: Sequence[str], *, key: str, prompt_key: str, question_key: str) -> None:
+    """Check that every file is there and has a column to prompt with.
+
+    Args:
+        files: parquet files.
+        key: the configuration key that names them, for the error.
+        prompt_key: column of chat messages.
+        question_key: column of plain questions.
+
+    Raises:
+        DatasetError: a file is missing, is no parquet file, is empty, or has neither column.
+    """
+    for name in files:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise DatasetError(f"{key}: there is no file {path}; give the path of a parquet file")
+        if path.suffix != ".parquet":
+            continue  # verl reads JSON as well, and says itself what it misses there
+        try:
+            schema = pq.read_schema(path)
+            num_rows = pq.read_metadata(path).num_rows
+        except (OSError, ValueError) as exc:  # pyarrow's errors are ValueErrors
+            raise DatasetError(f"{key}: {path} is not a readable parquet file: {exc}") from exc
+        if prompt_key not in schema.names and question_key not in schema.names:
+            raise DatasetError(
+                f"{key}: {path} has the columns {', '.join(schema.names)}; it needs {prompt_key!r} (chat messages) "
+                f"or {question_key!r} (text). Set data.prompt_key or data.question_key to name yours."
+            )
+        if num_rows == 0:
+            raise DatasetError(f"{key}: {path} has no rows; it needs at least one")
+
+
+def read_student(model_path: str, *, trust_remote_code: bool) -> StudentInfo:
+    """The student's token map and LM-head rows.
+
+    Raises:
+        ConfigError: there is no model at the path.
+    """
+    key = "actor_rollout_ref.model.path"
+    path = Path(model_path).expanduser()
+    if not path.exists() and (path.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1):
+        raise ConfigError(
+            f"{key}={model_path}: there is no such folder; give a Hugging Face checkpoint's folder or hub id"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path if path.exists() else model_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path if path.exists() else model_path, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{key}={model_path}: no model could be loaded from it: {exc}") from exc
+    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    return StudentInfo(
+        vocabulary=tokenizer.get_vocab(),
+        vocab_rows=config.get_text_config().vocab_size,
+        special_token_ids={role: token_id for role, token_id in ids.items() if token_id is not None},
+    )
+
+
+def fit_to_teacher(gkd: GKDConfig, student: StudentInfo, *, max_tokens: int) -> tuple[GKDConfig, Manifest]:
+    """Connect to the teacher, compare it with the student, and cap K at the teacher's vocabulary.
+
+    Args:
+        gkd: the run's GKD keys.
+        student: what the teacher must fit.
+        max_tokens: longest prompt plus response, in tokens.
+
+    Raises:
+        TeacherUnavailableError: no teacher answers.
+        TeacherMismatchError: the teacher does not fit.
+    """
+    manifest = asyncio.run(_fetch_manifest(gkd, student))
+    num_logprobs = min(gkd.teacher.num_logprobs, manifest.vocab_rows)
+    check_compatibility(
+        manifest,
+        student,
+        endpoint=", ".join(gkd.teacher.addresses),
+        num_logprobs=num_logprobs,
+        temperature=gkd.request_temperature,
+        max_tokens=max_tokens,
+    )
+    teacher = gkd.teacher.model_copy(update={"num_logprobs": num_logprobs})
+    return gkd.model_copy(update={"teacher": teacher}), manifest
+
+
+async def _fetch_manifest(gkd: GKDConfig, student: StudentInfo) -> Manifest:
+    settings = gkd.teacher
+    async with TeacherClient(
+        endpoints=settings.addresses,
+        timeout_s=settings.timeout_s,
+        connect_timeout_s=settings.connect_timeout_s,
+        wait_ready_s=settings.max_wait_s,
+        student=student,
+    ) as teacher:
+        return teacher.manifest
+
+
+def as_files(value: str | Sequence[str]) -> list[str]:
+    """Verl takes one file or a list."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+def describe(gkd: GKDConfig, manifest: Manifest) -> Mapping[str, Any]:
+    """The resolved GKD section and the teacher, as printed once at the start."""
+    return {
+        "mode": gkd.mode.value,
+        **gkd.model_dump(mode="json"),
+        "manifest": {
+            "model_name": manifest.model_name,
+            "engine": f"{manifest.engine} {manifest.engine_version}",
+            "vocab_rows": manifest.vocab_rows,
+            "digest": manifest.digest,
+        },
+    }
