@@ -1,0 +1,1 @@
+"""Sort five digits: a task that a tiny model learns on two cores in under a minute."""
