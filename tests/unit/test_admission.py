@@ -1,0 +1,257 @@
+"""Admission: order of arrival, budgets, refusal, and places that never leak."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_service.admission import Admission, AdmissionLimits, Phase
+from teacher_service.errors import (
+    DrainingError,
+    EngineDeadError,
+    NotReadyError,
+    OverloadedError,
+    TeacherServiceError,
+)
+
+
+def open_admission(
+    *, requests: int = 100, tokens: int = 100, queued_requests: int = 100, queued_tokens: int = 1000
+) -> Admission:
+    admission = Admission(
+        AdmissionLimits(
+            max_inflight_requests=requests,
+            max_inflight_tokens=tokens,
+            max_queued_requests=queued_requests,
+            max_queued_tokens=queued_tokens,
+        )
+    )
+    admission.phase = Phase.SERVING
+    return admission
+
+
+class Job:
+    """Holds a place until it is told to leave."""
+
+    def __init__(self, admission: Admission, num_tokens: int) -> None:
+        self.entered = asyncio.Event()
+        self.leave = asyncio.Event()
+        self.task = asyncio.create_task(self._run(admission, num_tokens))
+
+    async def _run(self, admission: Admission, num_tokens: int) -> None:
+        async with admission.admit(num_tokens):
+            self.entered.set()
+            await self.leave.wait()
+
+    async def finish(self) -> None:
+        """Leave, and wait until it has left."""
+        self.leave.set()
+        await self.task
+
+
+async def settle() -> None:
+    """Let every task run until it waits."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def state(admission: Admission) -> tuple[int, int, int, int]:
+    return (
+        admission.inflight_requests,
+        admission.inflight_tokens,
+        admission.queued_requests,
+        admission.queued_tokens,
+    )
+
+
+async def test_the_token_budget_bounds_what_is_inside() -> None:
+    """60 of 100 tokens are taken: 40 still fit, 41 wait until the 60 leave."""
+    admission = open_admission(tokens=100)
+    first, small, large = Job(admission, 60), Job(admission, 40), Job(admission, 41)
+    await settle()
+    assert [job.entered.is_set() for job in (first, small, large)] == [True, True, False]
+    assert state(admission) == (2, 100, 1, 41)
+    await first.finish()
+    await settle()
+    assert large.entered.is_set()
+    await small.finish()
+    await large.finish()
+    assert state(admission) == (0, 0, 0, 0)
+
+
+async def test_the_request_budget_bounds_what_is_inside() -> None:
+    """Two sequences at a time, however short."""
+    admission = open_admission(requests=2)
+    jobs = [Job(admission, 1) for _ in range(3)]
+    await settle()
+    assert [job.entered.is_set() for job in jobs] == [True, True, False]
+    for job in jobs:
+        await job.finish()
+
+
+async def test_a_small_sequence_never_overtakes_a_large_one() -> None:
+    """The large one at the head waits for 90 tokens; the small one that would fit stays behind it."""
+    admission = open_admission(tokens=100)
+    first, large, small = Job(admission, 50), Job(admission, 90), Job(admission, 1)
+    await settle()
+    assert not small.entered.is_set()
+    await first.finish()
+    await settle()
+    assert large.entered.is_set()
+    assert small.entered.is_set()
+    await large.finish()
+    await small.finish()
+
+
+@pytest.mark.parametrize(("queued_requests", "queued_tokens"), [(1, 1000), (100, 25)])
+async def test_a_full_queue_refuses_and_names_value_limit_and_delay(queued_requests: int, queued_tokens: int) -> None:
+    """Either bound of the queue refuses the second that waits; the first is not touched."""
+    admission = open_admission(requests=1, queued_requests=queued_requests, queued_tokens=queued_tokens)
+    inside, waiting = Job(admission, 20), Job(admission, 20)
+    await settle()
+    with pytest.raises(OverloadedError, match=r"the queue holds 1 sequences \(20 tokens\)") as caught:
+        async with admission.admit(20):
+            pytest.fail("admitted beyond the bounds")
+    assert caught.value.retry_delay_s == 1.0
+    assert caught.value.metadata["value"] == "40"
+    assert caught.value.metadata["limit"] == f"{queued_tokens}"
+    await inside.finish()
+    await waiting.finish()
+    assert state(admission) == (0, 0, 0, 0)
+
+
+async def test_no_queue_at_all_still_admits_what_fits() -> None:
+    """With max_queued_requests 0 nothing waits, and what finds room enters."""
+    admission = open_admission(requests=1, queued_requests=0)
+    job = Job(admission, 5)
+    await settle()
+    assert job.entered.is_set()
+    await job.finish()
+
+
+async def test_a_cancelled_waiter_frees_its_place_for_those_behind() -> None:
+    """A large sequence that gives up was all that kept a small one out."""
+    admission = open_admission(tokens=100)
+    first, large, small = Job(admission, 50), Job(admission, 90), Job(admission, 10)
+    await settle()
+    large.task.cancel()
+    await settle()
+    assert small.entered.is_set()
+    assert state(admission) == (2, 60, 0, 0)
+    await first.finish()
+    await small.finish()
+
+
+async def test_a_waiter_cancelled_as_it_is_granted_gives_the_place_back() -> None:
+    """Grant and cancellation in the same turn of the loop leave nothing behind."""
+    admission = open_admission(requests=1)
+    async with admission.admit(5):
+        second, third = Job(admission, 5), Job(admission, 5)
+        await settle()
+    # leaving the block granted the second, which has not run since
+    second.task.cancel()
+    await settle()
+    assert not second.entered.is_set()
+    assert third.entered.is_set()
+    await third.finish()
+    assert state(admission) == (0, 0, 0, 0)
+
+
+async def test_waiters_enter_in_order_of_arrival() -> None:
+    """One place, three that wait: each leaving lets the next in line in, and no other."""
+    admission = open_admission(requests=1)
+    jobs = [Job(admission, 5) for _ in range(4)]
+    for turn, job in enumerate(jobs):
+        await settle()
+        assert [one.entered.is_set() for one in jobs] == [i <= turn for i in range(4)]
+        await job.finish()
+
+
+async def test_a_waiter_cancelled_before_the_grant_is_skipped() -> None:
+    """Cancellation and then a free place in the same turn: the place goes to the next in line."""
+    admission = open_admission(requests=1)
+    first, second, third = Job(admission, 5), Job(admission, 5), Job(admission, 5)
+    await settle()
+    second.task.cancel()
+    await first.finish()
+    await settle()
+    assert third.entered.is_set()
+    await third.finish()
+    assert state(admission) == (0, 0, 0, 0)
+
+
+async def test_failing_work_frees_its_place() -> None:
+    """An exception inside leaves the budget as it was."""
+    admission = open_admission()
+    with pytest.raises(KeyError):
+        async with admission.admit(5):
+            raise KeyError
+    assert state(admission) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("phase", "error"),
+    [(Phase.LOADING, NotReadyError), (Phase.DRAINING, DrainingError), (Phase.DEAD, EngineDeadError)],
+)
+async def test_closed_phases_refuse_at_once(phase: Phase, error: type[TeacherServiceError]) -> None:
+    """Only SERVING takes work; nothing is queued in the other phases."""
+    admission = open_admission()
+    admission.phase = phase
+    with pytest.raises(error):
+        async with admission.admit(1):
+            pytest.fail("admitted while closed")
+    assert state(admission) == (0, 0, 0, 0)
+
+
+async def test_what_waits_when_the_drain_begins_is_still_admitted() -> None:
+    """Work that was taken is finished."""
+    admission = open_admission(requests=1)
+    first, second = Job(admission, 5), Job(admission, 5)
+    await settle()
+    admission.phase = Phase.DRAINING
+    await first.finish()
+    await settle()
+    assert second.entered.is_set()
+    await second.finish()
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["arrive", "finish", "cancel"]), st.integers(0, 30), st.integers(1, 40)), max_size=60
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps=STEPS)
+def test_any_history_keeps_the_bounds_and_leaves_nothing(steps: list[tuple[str, int, int]]) -> None:
+    """Arrivals, ends and cancellations in any order: bounds hold at every step, and all comes back to zero."""
+    asyncio.run(play(steps))
+
+
+async def play(steps: list[tuple[str, int, int]]) -> None:
+    admission = open_admission(requests=3, tokens=60, queued_requests=4, queued_tokens=90)
+    jobs: list[Job] = []
+    actions: dict[str, Callable[[Job], object]] = {
+        "finish": lambda job: job.leave.set(),
+        "cancel": lambda job: job.task.cancel(),
+    }
+    for step, which, num_tokens in steps:
+        if step == "arrive":
+            jobs.append(Job(admission, num_tokens))
+        elif jobs:
+            actions[step](jobs[which % len(jobs)])
+        if which % 3:
+            await settle()
+        inside, tokens, waiting, waiting_tokens = state(admission)
+        assert 0 <= inside <= 3
+        assert 0 <= tokens <= 60
+        assert 0 <= waiting <= 4
+        assert 0 <= waiting_tokens <= 90
+    for job in jobs:
+        job.leave.set()
+    for result in await asyncio.gather(*(job.task for job in jobs), return_exceptions=True):
+        assert result is None or isinstance(result, (OverloadedError, asyncio.CancelledError))
+    assert state(admission) == (0, 0, 0, 0)

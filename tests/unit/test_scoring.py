@@ -1,0 +1,240 @@
+"""The scoring core: what it refuses, what it asks of the engine, and how work ends early."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from teacher_service.admission import AdmissionLimits
+from teacher_service.engine.fake import FakeEngine
+from teacher_service.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineDeadError,
+    EngineError,
+    InvalidCandidatesError,
+    MissingCapabilityError,
+    NotReadyError,
+    TokenIdOutOfRangeError,
+)
+from teacher_service.scoring import UNKNOWN_VERSION, Scorer, ScoringLimits, build_manifest, service_version
+from teacher_service.telemetry import RequestRecord
+from teacher_service.types import Capability, EngineInfo, ScoreArrays, ScoreJob, ScoreResult
+from teacher_service.validation import ScoreRequest, validate
+
+LIMITS = ScoringLimits(
+    admission=AdmissionLimits(
+        max_inflight_requests=4, max_inflight_tokens=1000, max_queued_requests=4, max_queued_tokens=1000
+    ),
+    max_num_logprobs=16,
+    max_request_bytes=1 << 20,
+    max_timeout_s=20.0,
+)
+
+
+class BareEngine(FakeEngine):
+    """Has no capability beyond what every engine has."""
+
+    async def start(self) -> EngineInfo:
+        """See `Engine.start`."""
+        return dataclasses.replace(await super().start(), capabilities=frozenset())
+
+
+class ForgedEngine(FakeEngine):
+    """Answers what a test forges from an honest answer."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        self._changes = changes
+
+    async def score(self, job: ScoreJob) -> ScoreArrays:
+        """See `Engine.score`."""
+        return dataclasses.replace(await super().score(job), **self._changes)
+
+
+async def open_scorer(engine: FakeEngine, limits: ScoringLimits = LIMITS) -> Scorer:
+    scorer = Scorer(engine, limits)
+    scorer.open(await engine.start())
+    return scorer
+
+
+async def score(scorer: Scorer, timeout_s: float | None = 10.0, **request: Any) -> ScoreResult:
+    given = {"token_ids": [3, 1, 4, 1, 5], "score_start": 2, "num_logprobs": 2} | request
+    return await scorer.score(ScoreRequest(**given), timeout_s=timeout_s, record=RequestRecord(method="test"))
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_a_result_carries_scores_digest_and_times() -> None:
+    """The analytic teacher's favourites after prefixes of 2, 3 and 4 tokens, under the digest of the manifest."""
+    scorer = await open_scorer(FakeEngine())
+    result = await score(scorer)
+    assert result.scores.topk_token_ids is not None
+    assert result.scores.topk_token_ids.tolist() == [[2, 3], [3, 4], [4, 5]]
+    assert result.manifest_digest == scorer.manifest().digest
+    assert result.timings.engine_s > 0
+
+
+async def test_nothing_is_scored_or_told_before_the_engine_is_open() -> None:
+    """Even a request that could be refused by itself is told NOT_READY."""
+    scorer = Scorer(FakeEngine(), LIMITS)
+    with pytest.raises(NotReadyError):
+        await score(scorer, token_ids=[])
+    with pytest.raises(NotReadyError):
+        scorer.manifest()
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "capability"),
+    [
+        ({"temperature": 0.5}, "temperature"),
+        ({"return_entropy": True}, "entropy"),
+        ({"candidate_token_ids": [[1], [1], [1]]}, "candidates"),
+    ],
+)
+async def test_what_the_engine_cannot_do_is_refused_by_name(request_fields: dict[str, Any], capability: str) -> None:
+    """A missing capability is named, and so is what there is instead."""
+    scorer = await open_scorer(BareEngine())
+    with pytest.raises(MissingCapabilityError, match=f"capability {capability}, which engine fake lacks") as caught:
+        await score(scorer, **request_fields)
+    assert caught.value.metadata["value"] == capability
+    assert caught.value.metadata["limit"] == "wire_bfloat16, wire_float16"
+    assert (await score(scorer)).scores.num_scored == 3
+
+
+async def test_the_first_bad_token_is_named_by_index_and_value() -> None:
+    """The caller finds it without bisecting."""
+    scorer = await open_scorer(FakeEngine())
+    with pytest.raises(TokenIdOutOfRangeError, match=r"index 3 is 99, outside \[0, 32\)") as caught:
+        await score(scorer, token_ids=[0, 31, 5, 99, -1])
+    assert caught.value.metadata == {"field": "token_ids", "index": "3", "value": "99", "limit": "[0, 32)"}
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[1], [1]], [[1], [1], []], [[1], [1, 2], [1]], [[1]] * 4])
+async def test_candidates_need_one_full_row_for_each_scored_position(rows: list[list[int]]) -> None:
+    """Three positions are scored; ragged, empty, missing and surplus rows are refused."""
+    scorer = await open_scorer(FakeEngine())
+    with pytest.raises(InvalidCandidatesError):
+        await score(scorer, candidate_token_ids=rows)
+
+
+def test_a_job_holds_int32_arrays_of_the_shapes_asked_for() -> None:
+    """What the engine gets is of the types and shapes that `ScoreJob` promises."""
+    info = asyncio.run(FakeEngine().start())
+    request = ScoreRequest(token_ids=[1, 2, 3], score_start=1, candidate_token_ids=[[1, 2], [3, 4]])
+    job = validate(request, build_manifest(info, LIMITS), request_id="r")
+    assert (job.token_ids.dtype, job.token_ids.tolist()) == (np.int32, [1, 2, 3])
+    assert job.candidate_token_ids is not None
+    assert (job.candidate_token_ids.dtype, job.candidate_token_ids.tolist()) == (np.int32, [[1, 2], [3, 4]])
+    assert (job.num_tokens, job.num_scored) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"sampled_logprobs": np.array([-1.0, np.nan, -1.0], np.float32)}, "NaN"),
+        ({"sampled_logprobs": np.array([-1.0, -1.0], np.float32)}, "shape"),
+        ({"sampled_logprobs": np.array([-1.0, 0.5, -1.0], np.float32)}, "<= 0"),
+        ({"topk_token_ids": np.full((3, 2), 32, np.int32)}, "outside"),
+        ({"topk_token_ids": None}, "absent"),
+        ({"topk_logprobs": np.zeros((3, 2), np.float32)}, "above 1"),
+        ({"log_tail_mass": np.full(3, np.nan, np.float32)}, "NaN"),
+        ({"candidate_logprobs": np.full((3, 1), -1.0, np.float32)}, "candidates"),
+        ({"entropy": np.ones(3, np.float32)}, "entropy True, asked False"),
+    ],
+)
+async def test_an_engine_that_breaks_the_contract_is_an_engine_error(changes: dict[str, Any], complaint: str) -> None:
+    """NaN, wrong shapes, impossible probabilities and unasked arrays never leave the service."""
+    scorer = await open_scorer(ForgedEngine(**changes))
+    with pytest.raises(EngineError, match=complaint):
+        await score(scorer)
+
+
+async def test_time_that_is_already_up_costs_the_engine_nothing() -> None:
+    """A deadline of 0 is refused before the queue."""
+    engine = FakeEngine()
+    scorer = await open_scorer(engine)
+    with pytest.raises(DeadlineExceededError):
+        await score(scorer, timeout_s=0.0)
+    assert engine.finished == []
+
+
+async def test_a_timeout_inside_the_engine_is_not_taken_for_the_callers_deadline() -> None:
+    """An engine's own TimeoutError is a defect of the engine, not the caller's lack of patience."""
+
+    class TimingOutEngine(FakeEngine):
+        async def score(self, job: ScoreJob) -> ScoreArrays:
+            raise TimeoutError("the engine's own")
+
+    scorer = await open_scorer(TimingOutEngine())
+    with pytest.raises(TimeoutError, match="the engine's own"):
+        await score(scorer)
+
+
+async def test_drain_waits_for_work_and_abort_ends_it() -> None:
+    """wait_idle returns when the last sequence is through; abort_work makes that now."""
+    engine = FakeEngine()
+    engine.scoring_gate.clear()
+    scorer = await open_scorer(engine)
+    work = asyncio.create_task(score(scorer))
+    await settle()
+    scorer.begin_drain()
+    idle = asyncio.create_task(scorer.wait_idle())
+    await settle()
+    assert not idle.done()
+    with pytest.raises(DrainingError, match="takes no new work"):
+        await score(scorer)
+    scorer.abort_work()
+    with pytest.raises(DrainingError, match="before this sequence was finished"):
+        await work
+    await asyncio.wait_for(idle, 5)
+    assert len(engine.cancelled) == 1
+
+
+async def test_death_ends_work_in_the_engine_and_in_the_queue() -> None:
+    """Both are told the cause; what comes later is refused."""
+    engine = FakeEngine()
+    engine.scoring_gate.clear()
+    scorer = await open_scorer(engine)
+    work = [asyncio.create_task(score(scorer)) for _ in range(6)]
+    await settle()
+    assert scorer.admission.queued_requests == 2
+    scorer.fail(RuntimeError("CUDA error 700"))
+    for one in work:
+        with pytest.raises(EngineDeadError, match="CUDA error 700"):
+            await one
+    with pytest.raises(EngineDeadError):
+        await score(scorer)
+
+
+async def test_an_engine_that_loads_too_late_does_not_end_a_drain() -> None:
+    """A stop while loading is final."""
+    engine = FakeEngine()
+    scorer = Scorer(engine, LIMITS)
+    scorer.begin_drain()
+    scorer.open(await engine.start())
+    with pytest.raises(DrainingError):
+        await score(scorer)
+
+
+async def test_the_manifest_takes_the_tighter_bound_and_adds_the_wire_types() -> None:
+    """The operator's and the engine's bounds meet in the manifest; idempotency is not offered."""
+    info = await FakeEngine(vocab_rows=10, max_model_len=5000).start()
+    manifest = build_manifest(info, LIMITS)
+    assert (manifest.max_num_logprobs, manifest.max_request_tokens, manifest.max_model_len) == (10, 1000, 5000)
+    assert manifest.capabilities == {
+        Capability.TEMPERATURE,
+        Capability.CANDIDATES,
+        Capability.ENTROPY,
+        Capability.EXACT_TAIL_MASS,
+        Capability.WIRE_FLOAT16,
+        Capability.WIRE_BFLOAT16,
+    }
+    assert manifest.service_version == service_version() != UNKNOWN_VERSION
