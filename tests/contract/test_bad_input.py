@@ -13,7 +13,6 @@ from protos.teacher.v1 import teacher_pb2 as pb
 from teacher_service.engine.fake import FakeEngine
 from tests.support.service import (
     DOORS,
-    TIMEOUT_S,
     Door,
     Service,
     by_http_protobuf,
@@ -23,6 +22,7 @@ from tests.support.service import (
     running_service,
     score_request,
 )
+from tests.support.waiting import TIMEOUT_S
 
 MAX_MODEL_LEN = 64
 MAX_REQUEST_BYTES = 4096

@@ -17,7 +17,6 @@ from teacher_service.errors import AddressError, EngineDeadError, EngineStartErr
 from teacher_service.types import ScoreJob
 from tests.support.service import (
     DOORS,
-    TIMEOUT_S,
     Door,
     Service,
     by_http_protobuf,
@@ -25,8 +24,8 @@ from tests.support.service import (
     by_unary,
     running_service,
     score_request,
-    until,
 )
+from tests.support.waiting import TIMEOUT_S, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -96,7 +95,7 @@ async def test_a_deadline_ends_the_call_and_takes_the_work_out_of_the_engine(doo
     """A caller whose time runs out is told so, and the engine sees the cancellation."""
     engine = gated_engine()
     async with running_service(engine) as service:
-        outcome = await door(service, GOOD, timeout_s=0.2)
+        outcome = await door(service, GOOD, timeout_s=1.0)
         assert outcome.code == "DEADLINE_EXCEEDED"
         await until(lambda: len(engine.cancelled) == 1)
         assert not engine.running
@@ -110,8 +109,9 @@ async def test_a_deadline_holds_in_the_queue_too() -> None:
     async with running_service(engine, max_inflight_requests=1) as service:
         first = asyncio.create_task(by_unary(service, GOOD))
         await until(lambda: len(engine.running) == 1)
-        outcome = await by_json(service, GOOD, timeout_s=0.05)
-        assert (outcome.reason, outcome.metadata["limit"]) == ("DEADLINE_EXCEEDED", "0.050")
+        outcome = await by_json(service, GOOD, timeout_s=0.5)
+        assert outcome.reason == "DEADLINE_EXCEEDED"
+        assert 0 < float(outcome.metadata["limit"]) <= 0.5  # less what the body took to arrive
         engine.scoring_gate.set()
         assert (await first).reason == "OK"
         assert len(engine.finished) == 1
@@ -121,7 +121,7 @@ async def test_a_deadline_holds_in_the_queue_too() -> None:
 async def test_the_service_bounds_the_time_of_callers_that_do_not(door: Door) -> None:
     """Nothing runs for ever: max_timeout_s holds whatever the caller allows."""
     engine = gated_engine()
-    async with running_service(engine, max_timeout_s=0.05) as service:
+    async with running_service(engine, max_timeout_s=0.5) as service:
         outcome = await door(service, GOOD, timeout_s=TIMEOUT_S)
         assert (outcome.reason, outcome.code) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
         assert len(engine.cancelled) == 1

@@ -11,15 +11,14 @@ import pytest
 from protos.teacher.v1 import teacher_pb2 as pb
 from teacher_service.engine.fake import FakeEngine
 from tests.support.service import (
-    TIMEOUT_S,
     Outcome,
     outcome_of_rpc_error,
     outcome_of_stream_answer,
     raw_stream,
     running_service,
     score_request,
-    until,
 )
+from tests.support.waiting import TIMEOUT_S, until
 
 EMPTY_SEQUENCE = Outcome(
     "EMPTY_SEQUENCE",

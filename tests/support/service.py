@@ -22,9 +22,8 @@ from teacher_service.config import ServiceSettings
 from teacher_service.engine.base import Engine
 from teacher_service.server import Addresses, TeacherServer
 from teacher_service.telemetry import Telemetry, build_logger
+from tests.support.waiting import TIMEOUT_S
 
-TIMEOUT_S = 20.0
-"""Bound of every wait in a test."""
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
@@ -232,10 +231,3 @@ def outcome_of_rpc_error(error: grpc.aio.AioRpcError) -> Outcome:
             outcome.retry_delay_s = retry.retry_delay.ToNanoseconds() / 1e9
             assert math.isfinite(outcome.retry_delay_s)
     return outcome
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Yield to the loop until a condition of the engine or queue holds; fails after the bound of a test."""
-    async with asyncio.timeout(TIMEOUT_S):
-        while not condition():  # noqa: ASYNC110 - the engine and the queue tell nobody when they change
-            await asyncio.sleep(0.002)

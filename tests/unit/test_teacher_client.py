@@ -189,11 +189,11 @@ async def test_a_slow_attempt_is_repeated_while_time_remains(
     stub: TeacherStub, client: Callable[..., TeacherClient]
 ) -> None:
     """The attempt's deadline is shorter than the call's."""
-    async with client(stub.endpoint, timeout_s=0.2) as teacher:
+    async with client(stub.endpoint, timeout_s=1.0) as teacher:
         stub.script.append(hangs)
         scores = await score(teacher)
     assert len(stub.requests) == 2
-    assert scores.timings.total_s >= 0.2
+    assert scores.timings.total_s >= 1.0
 
 
 async def test_the_total_deadline_bounds_attempts_and_waits(stub: TeacherStub) -> None:
@@ -204,7 +204,7 @@ async def test_the_total_deadline_bounds_attempts_and_waits(stub: TeacherStub) -
         with pytest.raises(TeacherDeadlineError, match=stub.endpoint):
             await score(teacher)
         elapsed_s = time.monotonic() - started_s
-    assert 0.3 < elapsed_s < 1.5
+    assert 0.3 < elapsed_s < 10  # the 99 attempts would take 20 s
     assert len(stub.requests) >= 2
 
 
@@ -215,7 +215,7 @@ async def test_a_black_hole_ends_at_the_deadline() -> None:
         # the call's deadline and the handshake's end at the same instant: either may be first
         with pytest.raises((TeacherDeadlineError, TeacherUnavailableError), match=rf"{endpoint}.* after 1 attempt in"):
             await TeacherClient(endpoints=[endpoint], connect_timeout_s=0.5).__aenter__()
-        assert 0.4 < time.monotonic() - started_s < 2.0
+        assert 0.4 < time.monotonic() - started_s < 10
 
 
 async def test_a_teacher_that_is_gone_is_named_with_the_remedy(unused_tcp_port: int) -> None:

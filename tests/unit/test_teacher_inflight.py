@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from tests.support.teacher_stub import TeacherStub, fails, running_stub
+from tests.support.waiting import until
 from trainer.errors import TeacherClosedError, TeacherDeadlineError
 from trainer.teacher import RetryPolicy, TeacherClient
 from trainer.types import TeacherScores
@@ -31,10 +32,7 @@ async def test_calls_run_together_up_to_the_limit(stub: TeacherStub) -> None:
     stub.gate.clear()
     async with TeacherClient(endpoints=[stub.endpoint], max_inflight=3) as teacher:
         calls = [asyncio.ensure_future(score(teacher)) for _ in range(10)]
-        async with asyncio.timeout(10):
-            while stub.num_running < 3:
-                stub.arrived.clear()
-                await stub.arrived.wait()
+        await until(lambda: stub.num_running == 3)
         stub.gate.set()
         assert len(await asyncio.gather(*calls)) == 10
     assert stub.max_running == 3
@@ -43,7 +41,7 @@ async def test_calls_run_together_up_to_the_limit(stub: TeacherStub) -> None:
 async def test_waiting_for_a_slot_counts_towards_the_deadline(stub: TeacherStub) -> None:
     """A call that never gets its turn fails in time, and says why."""
     stub.gate.clear()
-    async with TeacherClient(endpoints=[stub.endpoint], max_inflight=1, total_timeout_s=0.5) as teacher:
+    async with TeacherClient(endpoints=[stub.endpoint], max_inflight=1, total_timeout_s=1.0) as teacher:
         results = await asyncio.gather(score(teacher), score(teacher), return_exceptions=True)
     assert [type(one) for one in results] == [TeacherDeadlineError] * 2
     assert sum("waiting for one of 1 slots" in str(one) for one in results) == 1
@@ -54,14 +52,13 @@ async def test_cancelling_one_call_leaves_the_others(stub: TeacherStub) -> None:
     """The service sees one call taken back, its slot is free again, and the other call is answered."""
     stub.gate.clear()
     async with TeacherClient(endpoints=[stub.endpoint], max_inflight=2) as teacher:
-        cancelled = asyncio.ensure_future(score(teacher))
-        await stub.arrived.wait()
-        stub.arrived.clear()
-        kept = asyncio.ensure_future(score(teacher))
-        await stub.arrived.wait()
+        cancelled, kept = (asyncio.ensure_future(score(teacher)) for _ in range(2))
+        await until(lambda: stub.num_running == 2)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
+        # the call is taken back at once, but the service hears of it later
+        await until(lambda: stub.num_cancelled == 1)
         stub.gate.set()
         assert (await kept).num_scored == 3
         await asyncio.gather(score(teacher), score(teacher))

@@ -34,6 +34,7 @@ IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Runs the model in the engine's own process. On a CPU vLLM would start a worker beside it, which spins on its queue
 for a second after each step: a whole core taken from whoever shares the machine. The full name, since vLLM replaces the
 short one."""
+CPU_WORKER = "teacher_service.engine.vllm.cpu_worker.AmxPermittedCPUWorker"
 DEATH_POLL_S = 0.2
 SHUTDOWN_TIMEOUT_S = 15.0
 NUM_GENERATED_TOKENS = 1
@@ -227,6 +228,7 @@ class VllmEngine:
             kv_cache_memory_bytes=CPU_KV_CACHE_BYTES if is_cpu and not self._kv_cache_bytes else self._kv_cache_bytes,
             tensor_parallel_size=self._tensor_parallel_size,
             distributed_executor_backend=IN_PROCESS_EXECUTOR if is_cpu and self._tensor_parallel_size == 1 else None,
+            worker_cls=CPU_WORKER if is_cpu else "auto",
             max_num_batched_tokens=self._max_num_batched_tokens,
             max_num_seqs=self._max_num_seqs,
             enforce_eager=enforce_eager,
@@ -275,4 +277,4 @@ def _vllm_errors_translated(running: _Running, job: ScoreJob) -> Iterator[None]:
 
 def _cause_of_death(running: _Running) -> str:
     cause = running.processes.cause_of_death() or str(running.llm.dead_error)
-    return f"vLLM's engine is dead: {cause}; the log above may say why (often: out of memory). Restart the service"
+    return f"vLLM's engine is dead: {cause}; the log above may say why. Restart the service"

@@ -15,6 +15,11 @@ import psutil
 KILL_TIMEOUT_S = 5.0
 """Seconds that the kernel may take to end a killed process."""
 
+_KILLERS = {
+    signal.SIGKILL: " (often by the kernel, out of memory)",
+    signal.SIGILL: " (an instruction that this processor or kernel does not allow)",
+}
+"""What usually sends a signal to an engine's process."""
 _SHARED_MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - the kernel's name for it, not a temporary file
 
 
@@ -71,7 +76,8 @@ class EngineProcesses:
 def _exit_in_words(exitcode: int) -> str:
     if exitcode >= 0:
         return f"ended with code {exitcode}"
-    return f"was killed by {signal.Signals(-exitcode).name}"
+    number = signal.Signals(-exitcode)
+    return f"was killed by {number.name}{_KILLERS.get(number, '')}"
 
 
 def _shared_memory_of(process: psutil.Process) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from trainer.verl_adapter.cpu import platform as _platform  # noqa: F401  # its decorator registers the platform
+from trainer.verl_adapter.cpu.amx import request_amx
 from trainer.verl_adapter.cpu.patches import apply_patches
 from trainer.verl_adapter.cpu.vllm_metadata import install_vllm_alias
 
@@ -19,4 +20,5 @@ def _load_replica() -> type[Any]:
 
 install_vllm_alias()
 apply_patches()
+request_amx()
 RolloutReplicaRegistry.register("vllm", _load_replica)

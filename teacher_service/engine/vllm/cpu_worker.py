@@ -1,0 +1,32 @@
+"""vLLM's worker on a CPU, allowed to use the processor's matrix unit (AMX).
+
+Linux gives a process AMX only on request, and kills one that uses it without asking with SIGILL. vLLM 0.28 takes its
+AMX attention for bfloat16 wherever the processor has AMX, and leaves the request to oneDNN, which makes it for its own
+matrix products alone: a small model has none that are large enough.
+
+Source: Linux, Documentation/arch/x86/xstate.rst.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class AmxPermittedCPUWorker(CPUWorker):  # type: ignore[misc] # vllm carries no types
+    """vLLM's own worker; `VllmEngine` names it as `worker_cls` on a CPU."""
+
+    def init_device(self) -> None:
+        """Ask for AMX where there is one, before anything is computed; the rest is vLLM's.
+
+        Raises:
+            RuntimeError: the kernel refuses, and the model's dtype would need it.
+        """
+        # torch has no public form of either; vLLM asks the same way
+        refused = torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx()
+        if refused and self.model_config.dtype == torch.bfloat16:
+            raise RuntimeError(
+                "this processor has AMX, which vLLM uses for bfloat16, but the kernel does not let this process use it "
+                "(is arch_prctl filtered?); serve with --dtype float32"
+            )
+        super().init_device()
