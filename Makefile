@@ -8,6 +8,8 @@ BIN := .venv/bin
 PROTO := protos/teacher/v1/teacher.proto
 # Touched last, so that an interrupted set-up is not taken for a finished one.
 INSTALLED := .venv/.installed
+# Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
 .PHONY: help setup format lint types test test-e2e demo protos bench lock clean
 

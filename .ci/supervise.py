@@ -1,7 +1,7 @@
-"""Run a command, then fail if anything it started still runs, and end that. Linux only; needs no package.
+"""Run a command, then fail if it left a process or a temporary file behind. Linux only; needs no package.
 
-The command's orphans become children of this process, whatever session or process group they moved to, so none of
-them is missed: neither an engine's workers nor a Ray daemon.
+What still runs is ended. The command's orphans become children of this process, whatever session or process group
+they moved to, so none of them is missed: neither an engine's workers nor a Ray daemon.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 5.0
 """How long a process may take to end by itself once the command has ended."""
+INTERRUPT_GRACE_S = 60.0
+"""How long everything may take to end in order after a signal, which .ci/run sends to the whole process group."""
+TEMPORARY = (Path(tempfile.gettempdir()), Path("/dev/shm"))  # noqa: S108 # the kernel's name for it
+"""Where this project and what it is built on keep temporary files, sockets and shared memory."""
+PREFIXES = ("gkd-", "teacher-", "pytest-", "torchinductor_", "ray", "verl", "vllm", "psm_", "plasma")
+"""How the names of theirs begin: others on the machine make files there too."""
 
 
 def main(command: list[str]) -> int:
@@ -25,20 +32,31 @@ def main(command: list[str]) -> int:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed; leftover processes can't be found")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    earlier = temporary_files()
     try:
-        status = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode  # noqa: S603 # .ci/run's own
-        left = wait_for_end(GRACE_S)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 # .ci/run's own
+        status = process.wait()
+        left = [f"process {line}" for line in wait_for_end(GRACE_S)]
     except KeyboardInterrupt:
-        return 130
+        status = 130
+        left = [f"process {line}" for line in wait_for_end(INTERRUPT_GRACE_S)]
     finally:
         end_all()
+    left += [f"file {path}" for path in sorted(temporary_files() - earlier)]
     for line in left:
-        print(f"left behind by {' '.join(command)}, now ended: {line}", flush=True)  # noqa: T201 # it is a command
+        print(f"left behind by {' '.join(command)}: {line}", flush=True)  # noqa: T201 # it is a command
     return status or int(bool(left))
 
 
 def _interrupt(number: int, frame: object) -> None:
+    for again in (signal.SIGINT, signal.SIGTERM):  # a second one must not cut the ending short
+        signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def temporary_files() -> set[Path]:
+    """What lies in the folders for temporary files under a name of ours or of a library's."""
+    return {path for folder in TEMPORARY for path in folder.iterdir() if path.name.startswith(PREFIXES)}
 
 
 def wait_for_end(timeout_s: float) -> list[str]:

@@ -30,6 +30,10 @@ if ! reusable; then
         exit 1
     fi
 fi
+# uv leaves lock files among its temporary ones
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+export TMPDIR=$temporary
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 uv=(.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps)
 

@@ -26,8 +26,9 @@ from examples.sort_digits.interrupts import Interrupts
 
 PR_SET_CHILD_SUBREAPER = 36
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its name is fixed by the kernel's users
-MAX_TEMP_ROOT_BYTES = 32
-"""Longest folder for temporary files: Ray adds some 70 bytes to it, and a socket's path may have 107."""
+MAX_TEMP_ROOT_BYTES = 13
+"""Longest folder for temporary files. A socket's path may have 107 bytes: the run's own folder below this one takes 13
+of them, the trainer's for Ray 17, and what Ray puts there 64."""
 MAX_LOOKS = 4
 """How often a new segment's owner is looked for: it may be listed before it is mapped, or belong to somebody else."""
 LOG_TAIL_LINES = 15

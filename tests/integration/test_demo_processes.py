@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import StringIO
 from multiprocessing import shared_memory
@@ -29,6 +29,7 @@ from examples.sort_digits.processes import supervised
 from examples.sort_digits.run_folder import RunFolder
 from examples.sort_digits.settings import Distillation
 from examples.sort_digits.task import TaskConfig, make_splits, write_splits
+from tests.support.processes import kill_tree
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120.0
@@ -51,6 +52,16 @@ class Run:
             assert self.popen.poll() is None, self.popen.communicate()[0]
             assert time.monotonic() < deadline, "the phase was not reached"
             time.sleep(0.02)
+
+    def give_up(self) -> None:
+        """End a run that a failed test left behind: in order first, since a kill would leave what the run started."""
+        if self.popen.poll() is None:
+            self.popen.terminate()
+            try:
+                self.popen.communicate(timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                kill_tree(self.popen.pid)
+                self.popen.communicate()
 
     def end(self) -> tuple[int, str]:
         """Wait for the end; returns exit code and output."""
@@ -80,7 +91,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[[str, Path | str], Run]:
+def start(tmp_path: Path) -> Iterator[Callable[[str, Path | str], Run]]:
+    """Starts a demo run; one that still runs when its test is over is ended."""
+    runs: list[Run] = []
+
     def start(behaviour: str, models: Path | str) -> Run:
         marker = uuid.uuid4().hex
         footprint, output_dir = tmp_path / "footprint.json", tmp_path / "run"
@@ -93,9 +107,12 @@ def start(tmp_path: Path) -> Callable[[str, Path | str], Run]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        return Run(popen=popen, output_dir=output_dir, footprint=footprint, marker=marker)
+        runs.append(Run(popen=popen, output_dir=output_dir, footprint=footprint, marker=marker))
+        return runs[-1]
 
-    return start
+    yield start
+    for run in runs:
+        run.give_up()
 
 
 def assert_nothing_left(run: Run) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.models import write_checkpoint
+from tests.support.processes import kill_tree
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -132,8 +132,7 @@ def wait_until_ready(service: subprocess.Popen[bytes], log: Path) -> None:
 def end(service: subprocess.Popen[bytes]) -> None:
     """End the service and what it started, whatever state a failed test left it in."""
     if service.poll() is None:
-        for process in [*psutil.Process(service.pid).children(recursive=True), psutil.Process(service.pid)]:
-            process.kill()
+        kill_tree(service.pid)
         service.wait(timeout=10)
 
 

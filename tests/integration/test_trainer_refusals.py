@@ -15,6 +15,7 @@ import pytest
 from examples.sort_digits.models import STUDENT_SIZE, build_model, save_model
 from examples.sort_digits.task import TaskConfig, make_splits, write_splits
 from teacher_service.engine.factory import build_engine
+from tests.support.processes import kill_tree
 from tests.support.service import running_service
 from tests.support.trainer import TrainerRun
 
@@ -46,7 +47,7 @@ async def _refusal(run: TrainerRun, changes: Mapping[str, object]) -> str:
         _, stderr = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
     finally:
         if process.returncode is None:
-            process.kill()
+            kill_tree(process.pid)  # it was not refused: Ray may be up by now
             await process.wait()
     assert process.returncode == 1
     assert b"Traceback" not in stderr

@@ -21,6 +21,9 @@ from trainer.config.gkd import ActorConfig
 from trainer.verl_adapter.task_runner import GKDTaskRunner
 
 AGENT_LOOP_MANAGER = "trainer.verl_adapter.agent_loop.GKDAgentLoopManager"
+MAX_RAY_ROOT_BYTES = 26
+"""Longest folder for temporary files that Ray's can lie in. A socket's path may have 107 bytes: the run's own folder
+takes 17 of them, and what Ray puts there 64."""
 REWARD_MODULE, REWARD_FUNCTION = "pkg://trainer.verl_adapter.reward", "compute_score"
 DATASET_MODULE, DATASET_CLASS = "pkg://trainer.verl_adapter.dataset", "GKDDataset"
 
@@ -78,7 +81,10 @@ def _own_ray_folder(config: DictConfig, user_keys: Set[str]) -> Iterator[None]:
     if config.trainer.device != "cpu" or "ray_kwargs.ray_init.address" in user_keys:
         yield
         return
-    folder = tempfile.mkdtemp(prefix="gkd-ray-")  # short: Ray puts sockets there, and their paths are limited
+    root = tempfile.gettempdir()
+    if len(os.fsencode(root)) > MAX_RAY_ROOT_BYTES:
+        root = "/tmp"  # noqa: S108  # mkdtemp below it
+    folder = tempfile.mkdtemp(prefix="gkd-ray-", dir=root)
     settings: dict[str, Any] = {"address": "local", "_temp_dir": folder}
     outer_folder = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = folder  # vLLM leaves its sockets behind, Ray a file: there they go with the folder

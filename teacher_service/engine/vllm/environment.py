@@ -19,6 +19,9 @@ _DEFAULTS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 _SOCKET_FOLDER = "VLLM_RPC_BASE_PATH"
+MAX_SOCKET_ROOT_BYTES = 53
+"""Longest folder that the engine's can lie in. A socket's path may have 107 bytes: the engine's own folder takes 17 of
+them, and vLLM's name of a socket 37."""
 # inherited by the engine's process
 _FOLDER_VARIABLES = (_SOCKET_FOLDER, "TMPDIR")
 
@@ -43,6 +46,8 @@ class EngineFolder:
     def __init__(self) -> None:
         self._outer = {name: os.environ.get(name) for name in _FOLDER_VARIABLES}
         own_folder = tempfile.gettempdir()  # chosen now, for good: what follows is for the engine's process
+        if len(os.fsencode(own_folder)) > MAX_SOCKET_ROOT_BYTES:
+            own_folder = "/tmp"  # noqa: S108 - mkdtemp below it
         self._path = Path(tempfile.mkdtemp(prefix="teacher-", dir=self._outer[_SOCKET_FOLDER] or own_folder))
         for name in _FOLDER_VARIABLES:
             os.environ[name] = str(self._path)
