@@ -42,5 +42,6 @@ echo "installing the environment into .venv (about 3 GB)"
 # By pip, because only pip sees a CPU build that the machine offers through find-links or an extra index; before the
 # lock, which then has the last word on every version.
 "${pip[@]}" install --quiet "$torch"
-"${uv[@]}" --require-hashes -r requirements/cpu.lock
+# Compiled now: a run starts a dozen processes, and where PYTHONDONTWRITEBYTECODE is set each would compile it all again.
+"${uv[@]}" --compile-bytecode --require-hashes -r requirements/cpu.lock
 "${uv[@]}" --no-build-isolation --editable .

@@ -18,6 +18,8 @@ from trainer.errors import ConfigError, GKDError
 from trainer.verl_adapter.cpu.environment import apply_config_defaults, set_environment
 from trainer.verl_adapter.preflight import preflight
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell has it."""
 VERL_CONFIG = "verl_ppo_trainer"
 VERL_CONFIG_FOLDER_RESOLVER = "verl_config_folder"
 
@@ -39,9 +41,18 @@ def _suggest_keys(user_keys: Set[str]) -> None:
         composed = OmegaConf.to_container(hydra.compose("ppo_trainer"))
     known = _dotted_keys(composed)
     for key in sorted(user_keys - known):
-        near = difflib.get_close_matches(key, known, n=3)
+        near = _nearest(key, known)
         if key and near:
             print(f"unknown key {key}; did you mean {' or '.join(near)}?", file=sys.stderr)  # noqa: T201  # for the user
+
+
+def _nearest(key: str, known: Set[str]) -> list[str]:
+    """The keys most likely meant: another section's key of nearly this name, then keys of nearly this path."""
+    by_name = {one: one.rpartition(".")[2] for one in known}
+    names = difflib.get_close_matches(key.rpartition(".")[2], set(by_name.values()), n=1, cutoff=0.85)
+    elsewhere = sorted(one for one, name in by_name.items() if name in names)
+    elsewhere.sort(key=lambda one: -difflib.SequenceMatcher(None, key, one).ratio())
+    return list(dict.fromkeys([*elsewhere[:2], *difflib.get_close_matches(key, known, n=3)]))[:3]
 
 
 def _dotted_keys(section: object, prefix: str = "") -> set[str]:
@@ -80,6 +91,9 @@ def _compose_and_run(config: DictConfig) -> None:
     except GKDError as exc:
         # Ray wraps an error of a worker in one whose text is the whole remote traceback
         sys.exit(f"error: {getattr(exc, 'cause', exc)}")
+    except KeyboardInterrupt:
+        print("interrupted; everything was stopped", file=sys.stderr)  # noqa: T201  # for the user
+        sys.exit(INTERRUPTED)
 
 
 def _user_keys(overrides: list[str]) -> Set[str]:

@@ -76,11 +76,18 @@ async def test_data_without_the_needed_columns_is_named(run: TrainerRun, tmp_pat
     assert "has the columns text; it needs 'prompt' (chat messages) or 'question' (text)" in message
 
 
-async def test_misspelled_key_is_answered_with_the_right_one(run: TrainerRun) -> None:
-    """Hydra refuses the key; the last line says which was meant."""
-    message = await _refusal(run, {"actor_rollout_ref.actor.gkd_only_mod": "true"})
-    assert "unknown key actor_rollout_ref.actor.gkd_only_mod; did you mean" in message
-    assert "actor_rollout_ref.actor.gkd_only_mode" in message
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("actor_rollout_ref.actor.gkd_only_mod", "actor_rollout_ref.actor.gkd_only_mode"),
+        ("actor_rollout_ref.actor.gkd_lamda", "trainer.gkd_lambda"),
+        ("teacher.server_port", "actor_rollout_ref.teacher.server_port"),
+    ],
+)
+async def test_misspelled_key_is_answered_with_the_right_one(run: TrainerRun, wrong: str, right: str) -> None:
+    """Hydra refuses the key; the last line says which was meant, also where it stands in another section."""
+    message = await _refusal(run, {wrong: "1"})
+    assert f"unknown key {wrong}; did you mean {right}" in message
 
 
 async def test_teacher_with_another_token_map_is_refused(run: TrainerRun, tmp_path: Path) -> None:

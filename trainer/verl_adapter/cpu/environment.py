@@ -18,6 +18,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    # TransferQueue's own 8 draws a warning at every call on a machine with fewer cores
+    "TQ_NUM_THREADS": "1",
     # what vLLM compiles for its sampler takes longer to compile than it ever saves on a small model
     "TORCH_COMPILE_DISABLE": "1",
     # the teacher may run on this machine too: at Ray's own niceness of 15 it would starve the trainer

@@ -7,7 +7,9 @@ rollout would go on with stale weights, and nothing would say so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -16,12 +18,15 @@ from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedW
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise
 
 
 def reload_weights(model_runner: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> None:  # vLLM's, untyped
     """Load a whole set of weights into a running vLLM model, tied LM head included."""
-    model_runner.reload_weights(weights_iterator=iter(weights))
-    if not getattr(model_runner.model_config.hf_text_config, "tie_word_embeddings", False):
+    is_tied = getattr(model_runner.model_config.hf_text_config, "tie_word_embeddings", False)
+    with _quiet_about(("RotaryEmbedding", "ParallelLMHead") if is_tied else ("RotaryEmbedding",)):
+        model_runner.reload_weights(weights_iterator=iter(weights))
+    if not is_tied:
         return
     modules = list(model_runner.get_model().modules())
     embedding = next(
@@ -31,6 +36,24 @@ def reload_weights(model_runner: Any, weights: Sequence[tuple[str, torch.Tensor]
         if isinstance(head, ParallelLMHead):
             head.weight = embedding.weight
             head.quant_method.process_weights_after_loading(head)  # packs the new weights
+
+
+@contextmanager
+def _quiet_about(layers: tuple[str, ...]) -> Iterator[None]:
+    """Drop vLLM's warning that nothing was loaded into layers for which no checkpoint holds anything.
+
+    Args:
+        layers: ends of their class names.
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (isinstance(record.args, tuple) and record.args and str(record.args[0]).endswith(layers))
+
+    layerwise.logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        layerwise.logger.removeFilter(is_news)
 
 
 class CPUWorkerExtension(vLLMColocateWorkerExtension):  # type: ignore[misc]  # verl carries no types
