@@ -84,10 +84,10 @@ def _compose_and_run(config: DictConfig) -> None:
         if config.trainer.device == "cpu":
             set_environment()
             apply_config_defaults(config, user_keys)
-        gkd = preflight(config, GKDConfig.read(_resolved(config)), user_keys)
+        run = preflight(config, GKDConfig.read(_resolved(config)), user_keys)
         from trainer.verl_adapter.launch import launch  # imports verl, which reads the environment set above
 
-        launch(config, gkd, user_keys)
+        launch(config, run, user_keys)
     except GKDError as exc:
         # Ray wraps an error of a worker in one whose text is the whole remote traceback
         sys.exit(f"error: {getattr(exc, 'cause', exc)}")

@@ -25,7 +25,7 @@ class Summary:
     teacher_kl_last: float
     """Likewise at the last step."""
     steps: int
-    """Optimizer steps."""
+    """Training steps: rounds of generation, scoring and update."""
     seconds: float
     """Of the whole run: making the models, start-up, training, evaluation, stopping."""
     scored_tokens: int

@@ -283,6 +283,18 @@ async def test_an_argument_out_of_range_is_refused_before_sending(
     assert stub.requests == []
 
 
+async def test_a_teacher_replaced_before_the_first_call_is_refused(stub: TeacherStub) -> None:
+    """A client told of the manifest that another one checked takes that teacher alone; nothing is scored."""
+    async with TeacherClient(endpoints=[stub.endpoint], expected_digest=stub.manifest.digest) as teacher:
+        await score(teacher)
+    other = stub_manifest(model_name="other").digest
+    with pytest.raises(TeacherMismatchError, match="replaced during the run") as caught:
+        await TeacherClient(endpoints=[stub.endpoint], expected_digest=other).__aenter__()
+    assert caught.value.reason == "MANIFEST_CHANGED"
+    assert caught.value.metadata == {"digest": stub.manifest.digest, "checked": other}
+    assert len(stub.requests) == 1
+
+
 async def test_a_replaced_teacher_is_refused(stub: TeacherStub, client: Callable[..., TeacherClient]) -> None:
     """An answer with another manifest's digest than the checked one comes from another teacher."""
     async with client(stub.endpoint) as teacher:
@@ -373,7 +385,7 @@ async def test_one_unreachable_endpoint_fails_the_start(unused_tcp_port: int) ->
     missing = f"127.0.0.1:{unused_tcp_port}"
     async with running_stub() as stub:
         with pytest.raises(TeacherUnavailableError, match=missing):
-            await TeacherClient(endpoints=[stub.endpoint, missing], connect_timeout_s=0.3).__aenter__()
+            await TeacherClient(endpoints=[stub.endpoint, missing], connect_timeout_s=1.0).__aenter__()
 
 
 async def test_a_teacher_that_does_not_fit_is_refused_before_use() -> None:

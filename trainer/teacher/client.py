@@ -34,7 +34,13 @@ from trainer.errors import (
 )
 from trainer.teacher.balancer import Balancer
 from trainer.teacher.channel import Endpoint
-from trainer.teacher.compatibility import DEFAULT_PLAN, ScoringPlan, StudentInfo, check_compatibility
+from trainer.teacher.compatibility import (
+    DEFAULT_PLAN,
+    ScoringPlan,
+    StudentInfo,
+    check_compatibility,
+    manifest_changed,
+)
 from trainer.teacher.connect import Patience, check_same_manifest, fetch_manifests
 from trainer.teacher.failures import gave_up
 from trainer.teacher.inflight import Inflight
@@ -69,6 +75,7 @@ class TeacherClient:
         retry: RetryPolicy = DEFAULT_RETRY,
         student: StudentInfo | None = None,
         plan: ScoringPlan = DEFAULT_PLAN,
+        expected_digest: str | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """Hold the settings; nothing is opened before the client is entered.
@@ -84,6 +91,8 @@ class TeacherClient:
             retry: when to try again.
             student: what the teacher must fit; None skips the comparison of vocabularies.
             plan: the most that will be asked for, checked on entering.
+            expected_digest: of a manifest that was checked before, by another client of the same run: a teacher with
+                another one is refused. None: none was.
             sleep: waits between attempts; a test passes one that doesn't.
 
         Raises:
@@ -101,6 +110,7 @@ class TeacherClient:
         self._retry = retry
         self._student = student
         self._plan = plan
+        self._expected_digest = expected_digest
         self._patience = Patience(
             connect_timeout_s=connect_timeout_s, wait_ready_s=wait_ready_s, retry=retry, sleep=sleep
         )
@@ -114,16 +124,19 @@ class TeacherClient:
 
         Raises:
             TeacherUnavailableError: an endpoint can't be reached, or is not ready in time.
-            TeacherMismatchError: the teachers differ, or don't fit the student or the plan.
+            TeacherMismatchError: the teachers differ, are not the expected one, or don't fit the student or the plan.
             TeacherError: an endpoint fails otherwise.
         """
         if self._session is not None or self._closed:
             raise GKDError("the teacher client was entered before; make a new one")
         manifest = check_same_manifest(await fetch_manifests(self._endpoint_names, self._patience))
+        endpoint = ", ".join(self._endpoint_names)
+        if self._expected_digest not in (None, manifest.digest):
+            raise manifest_changed(endpoint, digest=manifest.digest, checked=self._expected_digest)
         check_compatibility(
             manifest,
             self._student,
-            endpoint=", ".join(self._endpoint_names),
+            endpoint=endpoint,
             num_logprobs=self._plan.num_logprobs,
             temperature=self._plan.temperature,
             max_tokens=self._plan.max_tokens,

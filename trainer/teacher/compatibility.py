@@ -94,6 +94,23 @@ def check_compatibility(
         _warn_of_other_roles(manifest.tokenizer, student, endpoint)
 
 
+def manifest_changed(endpoint: str, *, digest: str, checked: str) -> TeacherMismatchError:
+    """The error for a teacher that is another one than was checked.
+
+    Args:
+        endpoint: `host:port` of the teacher.
+        digest: of the manifest it has now.
+        checked: digest of the manifest that was checked.
+    """
+    return TeacherMismatchError(
+        f"the teacher at {endpoint} has the manifest digest {digest!r}, checked was {checked!r}: it was replaced "
+        "during the run; start the run again to check the new teacher",
+        endpoint=endpoint,
+        reason="MANIFEST_CHANGED",
+        metadata={"digest": digest, "checked": checked},
+    )
+
+
 def differing_fields(first: Manifest, second: Manifest) -> dict[str, tuple[str, str]]:
     """Fields in which two manifests differ, each with both values in words; the digest itself is left out."""
     found = {}

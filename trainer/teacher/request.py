@@ -23,7 +23,8 @@ from protos.codec import (
 )
 from protos.manifest import Capability, Manifest
 from protos.teacher.v1 import teacher_pb2 as pb
-from trainer.errors import TeacherAnswerError, TeacherMismatchError, TeacherRequestError
+from trainer.errors import TeacherAnswerError, TeacherRequestError
+from trainer.teacher.compatibility import manifest_changed
 
 TokenIds = Sequence[int] | NDArray[np.integer]
 
@@ -115,12 +116,7 @@ def read_answer(
         TeacherAnswerError: the answer contradicts the contract or the request.
     """
     if answer.manifest_digest != manifest.digest:
-        raise TeacherMismatchError(
-            f"the teacher at {endpoint} answered with the manifest digest {answer.manifest_digest!r}, checked was "
-            f"{manifest.digest!r}: it was replaced during the run; start the run again to check the new teacher",
-            endpoint=endpoint,
-            reason="MANIFEST_CHANGED",
-        )
+        raise manifest_changed(endpoint, digest=answer.manifest_digest, checked=manifest.digest)
     try:
         return _unpack(answer, request, manifest.vocab_rows, student_vocab_rows)
     except CodecError as exc:

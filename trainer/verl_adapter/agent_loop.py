@@ -58,6 +58,7 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
                         temperature=self._gkd.request_temperature,
                         max_tokens=self._max_tokens,
                     ),
+                    expected_digest=self.config.gkd_manifest_digest,
                 )
                 await teacher.__aenter__()
                 self._teacher = teacher

@@ -16,8 +16,9 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 
-from trainer.config import GKDConfig, Mode
+from trainer.config import Mode
 from trainer.config.gkd import ActorConfig
+from trainer.verl_adapter.preflight import CheckedRun
 from trainer.verl_adapter.task_runner import GKDTaskRunner
 
 AGENT_LOOP_MANAGER = "trainer.verl_adapter.agent_loop.GKDAgentLoopManager"
@@ -28,18 +29,18 @@ REWARD_MODULE, REWARD_FUNCTION = "pkg://trainer.verl_adapter.reward", "compute_s
 DATASET_MODULE, DATASET_CLASS = "pkg://trainer.verl_adapter.dataset", "GKDDataset"
 
 
-def launch(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> None:
+def launch(config: DictConfig, run: CheckedRun, user_keys: Set[str]) -> None:
     """Hand verl a configuration it knows, and train.
 
     Args:
         config: the composed configuration; changed in place.
-        gkd: its GKD keys, as `preflight` returned them.
+        run: what `preflight` returned.
         user_keys: dotted keys that the command line names.
 
     Raises:
         GKDError: training failed for a reason that this project names.
     """
-    _hand_over(config, gkd)
+    _hand_over(config, run)
     with _own_ray_folder(config, user_keys):
         auto_set_device(config)
         validate_config(config, need_reference_policy(config), need_critic(config))
@@ -49,8 +50,9 @@ def launch(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> None:
             ray.shutdown()
 
 
-def _hand_over(config: DictConfig, gkd: GKDConfig) -> None:
+def _hand_over(config: DictConfig, run: CheckedRun) -> None:
     """Take our keys out of the sections that verl instantiates, and name our classes where verl looks for its own."""
+    gkd = run.gkd
     with open_dict(config):
         for name in ActorConfig.model_fields:
             config.actor_rollout_ref.actor.pop(name, None)
@@ -63,6 +65,7 @@ def _hand_over(config: DictConfig, gkd: GKDConfig) -> None:
         if gkd.mode is Mode.GRPO:
             return
         config.gkd = gkd.model_dump(mode="json")
+        config.gkd_manifest_digest = run.manifest_digest
         config.actor_rollout_ref.rollout.agent.agent_loop_manager_class = AGENT_LOOP_MANAGER
         config.actor_rollout_ref.rollout.calculate_log_probs = True
         if gkd.mode is Mode.GKD:

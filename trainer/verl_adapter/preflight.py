@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,23 @@ _log = structlog.get_logger(__name__)
 _ROLES = ("eos", "bos", "pad", "unk")
 
 
-def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> GKDConfig:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedRun:
+    """What is known of a run once it was checked."""
+
+    gkd: GKDConfig
+    """Its GKD keys, with K capped at the teacher's vocabulary."""
+    manifest_digest: str | None
+    """Digest of the teacher that fits; None: the run has no teacher."""
+
+
+def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> CheckedRun:
     """Check all that can be checked, and print the resolved GKD section.
 
     Args:
         config: the composed configuration; validation is turned off in it where there is no file for it.
         gkd: its GKD keys.
         user_keys: dotted keys that the command line names.
-
-    Returns:
-        The GKD keys, with K capped at the teacher's vocabulary.
 
     Raises:
         ConfigError: the student or the trainer mode does not work.
@@ -52,7 +60,7 @@ def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> GKDCon
     model = config.actor_rollout_ref.model
     student = read_student(model.path, trust_remote_code=bool(model.get("trust_remote_code", False)))
     if gkd.mode is Mode.GRPO:
-        return gkd
+        return CheckedRun(gkd=gkd, manifest_digest=None)
     if config.trainer.v1.trainer_mode != "sync":
         raise ConfigError(
             f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} is not offered with a teacher yet; use sync"
@@ -60,7 +68,7 @@ def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> GKDCon
     max_tokens = int(config.data.max_prompt_length + config.data.max_response_length)
     gkd, manifest = fit_to_teacher(gkd, student, max_tokens=max_tokens)
     print(OmegaConf.to_yaml({"gkd": dict(describe(gkd, manifest))}), flush=True)  # noqa: T201  # for the user
-    return gkd
+    return CheckedRun(gkd=gkd, manifest_digest=manifest.digest)
 
 
 def _choose_validation(config: DictConfig, user_keys: Set[str]) -> None:
