@@ -19,7 +19,7 @@ from typing import NoReturn
 from teacher_service.admission import AdmissionLimits
 from teacher_service.config import ServiceSettings
 from teacher_service.engine.base import Engine
-from teacher_service.errors import AddressError, EngineDeadError
+from teacher_service.errors import AddressError, EngineDeadError, TeacherServiceError
 from teacher_service.scoring import Scorer, ScoringLimits
 from teacher_service.telemetry import Telemetry
 from teacher_service.transports.grpc import GrpcTransport
@@ -123,7 +123,7 @@ class TeacherServer:
         self._scorer.fail(cause)
         await self._grpc.set_serving(serving=False)
         raise EngineDeadError(
-            f"the engine died: {_cause_of(cause)}; look above for its own log, and restart the service"
+            f"the engine died: {_cause_of(cause)}; its log above may say why. Restart the service"
         ) from cause
 
     async def _drain(self, life: asyncio.Task[NoReturn], abort: asyncio.Event) -> None:
@@ -267,4 +267,6 @@ def _join(host: str, port: int) -> str:
 
 
 def _cause_of(cause: BaseException) -> str:
+    if isinstance(cause, TeacherServiceError):
+        return cause.message
     return f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__

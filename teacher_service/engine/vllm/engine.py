@@ -277,4 +277,4 @@ def _vllm_errors_translated(running: _Running, job: ScoreJob) -> Iterator[None]:
 
 def _cause_of_death(running: _Running) -> str:
     cause = running.processes.cause_of_death() or str(running.llm.dead_error)
-    return f"vLLM's engine is dead: {cause}; the log above may say why. Restart the service"
+    return f"vLLM's engine is dead: {cause}"
