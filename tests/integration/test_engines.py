@@ -6,15 +6,18 @@ Legend: S scored positions, K top-k entries, V vocabulary rows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
+import torch
 
 from protos.arrays import ScoreArrays
 from teacher_service.engine.base import Engine
@@ -221,6 +224,26 @@ async def test_vllm_bfloat16_equals_the_reference_and_its_death_is_noticed(
         await oracle.close()
     assert segments.isdisjoint(names_in(SHARED_MEMORY))
     assert names_in(socket_base) == set()
+
+
+@pytest.mark.parametrize(("dtype", "is_refused"), [(torch.bfloat16, True), (torch.float32, False)])
+async def test_vllm_is_stopped_where_the_kernel_would_kill_it(
+    restored_environment: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_refused: bool
+) -> None:
+    """Where the kernel denies the processor's AMX, bfloat16 is an error that names a way out, and float32 goes on."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from teacher_service.engine.vllm.cpu_worker import AmxPermittedCPUWorker
+
+    started = []
+    monkeypatch.setattr(CPUWorker, "init_device", lambda self: started.append(self))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    worker = object.__new__(AmxPermittedCPUWorker)
+    worker.model_config = SimpleNamespace(dtype=dtype)
+    with pytest.raises(RuntimeError, match="serve with --dtype float32") if is_refused else contextlib.nullcontext():
+        worker.init_device()
+    assert started == ([] if is_refused else [worker])
 
 
 async def test_a_load_that_is_given_up_leaves_no_process(float32_checkpoint: Path, socket_base: Path) -> None:
