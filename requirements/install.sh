@@ -37,7 +37,7 @@ export TMPDIR=$temporary
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 uv=(.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps)
 
-echo "installing the environment into .venv (about 3 GB)"
+echo "installing the environment into .venv (3 GB, or 7 GB with a CUDA build of torch)"
 "${pip[@]}" install --quiet --require-hashes --no-deps -r requirements/tools.lock
 # By pip, because only pip sees a CPU build that the machine offers through find-links or an extra index; before the
 # lock, which then has the last word on every version.
