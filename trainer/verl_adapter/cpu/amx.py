@@ -1,8 +1,8 @@
 """Permission to use the processor's matrix unit (AMX).
 
 Linux gives a process AMX only on request, and kills one that uses it without asking with SIGILL. vLLM 0.28 takes its
-AMX attention for bfloat16 wherever the processor has AMX, and leaves the request to oneDNN, which makes it for its own
-matrix products alone: a small model has none that are large enough.
+AMX attention for bfloat16 wherever the processor has AMX, and does not ask: it works only where another library of the
+process happened to ask before.
 
 Source: Linux, Documentation/arch/x86/xstate.rst.
 """
