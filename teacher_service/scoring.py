@@ -12,14 +12,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from protos.arrays import ScoreArraysError, check_score_arrays
 from teacher_service.admission import Admission, AdmissionLimits, Phase
 from teacher_service.engine.base import Engine
+from teacher_service.engine.numerics import checked
 from teacher_service.errors import (
     DeadlineExceededError,
     DrainingError,
     EngineDeadError,
-    EngineError,
     TeacherServiceError,
 )
 from teacher_service.telemetry import RequestRecord
@@ -125,9 +124,8 @@ class Scorer:
         record.num_tokens, record.num_scored, record.num_logprobs = job.num_tokens, job.num_scored, job.num_logprobs
         async with self._bounded(timeout_s):
             scores = await self._run(job, record)
-        _check_answer(scores, job, vocab_rows=self.manifest().vocab_rows)
         return ScoreResult(
-            scores=scores,
+            scores=checked(scores, job, vocab_rows=self.manifest().vocab_rows),
             manifest_digest=self.manifest().digest,
             timings=Timings(queue_s=record.queue_s, engine_s=record.engine_s),
         )
@@ -197,30 +195,6 @@ def service_version() -> str:
         return importlib.metadata.version("gkd")
     except importlib.metadata.PackageNotFoundError:
         return UNKNOWN_VERSION
-
-
-def _check_answer(scores: ScoreArrays, job: ScoreJob, *, vocab_rows: int) -> None:
-    """Hold an engine to the contract.
-
-    Raises:
-        EngineError: the answer is not what was asked for, or not what the contract allows.
-    """
-    try:
-        check_score_arrays(scores, num_scored=job.num_scored, num_logprobs=job.num_logprobs, vocab_rows=vocab_rows)
-    except ScoreArraysError as exc:
-        raise EngineError(
-            f"the engine's answer breaks the contract: {exc}; the teacher's weights or engine are at fault, not the "
-            "request",
-            metadata={"request_id": job.request_id},
-        ) from exc
-    asked = None if job.candidate_token_ids is None else job.candidate_token_ids.shape
-    answered = None if scores.candidate_logprobs is None else scores.candidate_logprobs.shape
-    if asked != answered or job.return_entropy != (scores.entropy is not None):
-        raise EngineError(
-            f"the engine's answer breaks the contract: candidates {answered}, asked {asked}; entropy "
-            f"{scores.entropy is not None}, asked {job.return_entropy}",
-            metadata={"request_id": job.request_id},
-        )
 
 
 def _deadline_error(limit_s: float) -> DeadlineExceededError:

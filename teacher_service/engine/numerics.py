@@ -29,16 +29,26 @@ def log_tail_mass_from_topk(topk_logprobs_SK: Float32Array) -> Float32Array:
 
 
 def checked(scores: ScoreArrays, job: ScoreJob, *, vocab_rows: int) -> ScoreArrays:
-    """The scores themselves, once they are known to keep the contract.
+    """The scores themselves, once they are known to keep the contract and to be what the job asked for.
 
     Raises:
-        EngineError: NaN, a probability above 1, or a wrong shape; usually a broken checkpoint.
+        EngineError: NaN, a probability above 1, a wrong shape, or something unasked; usually a broken checkpoint.
     """
+    metadata = {"request_id": job.request_id}
     try:
         check_score_arrays(scores, num_scored=job.num_scored, num_logprobs=job.num_logprobs, vocab_rows=vocab_rows)
     except ScoreArraysError as exc:
         raise EngineError(
             f"the engine's answer to {job.num_tokens} tokens from {job.score_start} on breaks the contract: {exc}; "
-            "check the model's weights and dtype"
+            "check the teacher's weights, dtype and engine",
+            metadata=metadata,
         ) from exc
+    asked = None if job.candidate_token_ids is None else job.candidate_token_ids.shape
+    answered = None if scores.candidate_logprobs is None else scores.candidate_logprobs.shape
+    if asked != answered or job.return_entropy != (scores.entropy is not None):
+        raise EngineError(
+            f"the engine's answer breaks the contract: candidates {answered}, asked {asked}; entropy "
+            f"{scores.entropy is not None}, asked {job.return_entropy}",
+            metadata=metadata,
+        )
     return scores

@@ -86,14 +86,14 @@ class GrpcTransport:
     async def _get_manifest(self, payload: bytes, context: Context) -> bytes:
         async with _translated(context):
             with self._telemetry.request("GetManifest"):
-                messages.parse_get_manifest(payload)
+                messages.parse(pb.GetManifestRequest, payload)
                 return messages.manifest_response(self._scorer.manifest()).SerializeToString()
 
     async def _score(self, payload: bytes, context: Context) -> bytes:
         async with _translated(context):
             with self._telemetry.request("Score") as record:
                 messages.check_body_size(len(payload), self._scorer.limits.max_request_bytes)
-                message = messages.parse_score(payload)
+                message = messages.parse(pb.ScoreRequest, payload)
                 wire_dtype = messages.wire_dtype_of(message)
                 result = await self._scorer.score(
                     messages.request_from_pb(message), timeout_s=context.time_remaining(), record=record

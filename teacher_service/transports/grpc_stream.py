@@ -82,7 +82,7 @@ class ScoreStreamSession:
         answer = pb.ScoreStreamResponse()
         try:
             with self._telemetry.request("ScoreStream") as record:
-                message = messages.parse_stream_message(payload)
+                message = messages.parse(pb.ScoreStreamRequest, payload)
                 answer.id = message.id[:MAX_STREAM_ID_LENGTH]
                 messages.check_body_size(len(payload), self._scorer.limits.max_request_bytes)
                 answer.response.CopyFrom(await self._score(message, record))

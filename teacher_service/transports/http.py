@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from protos.teacher.v1 import teacher_pb2 as pb
 from teacher_service.admission import Phase
 from teacher_service.errors import (
     ClientGoneError,
@@ -128,7 +129,7 @@ class _Handlers:
         return Response(json.dumps(answer, allow_nan=False), media_type=JSON)
 
     async def score_protobuf(self, body: bytes, timeout_s: float, record: RequestRecord) -> Response:
-        message = messages.parse_score(body)
+        message = messages.parse(pb.ScoreRequest, body)
         wire_dtype = messages.wire_dtype_of(message)
         result = await self._scorer.score(messages.request_from_pb(message), timeout_s=timeout_s, record=record)
         return Response(messages.result_to_pb(result, wire_dtype, record).SerializeToString(), media_type=PROTOBUF)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import TypeVar
 
 import numpy as np
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped] # ships no stubs
 from numpy.typing import NDArray
 
@@ -24,6 +25,8 @@ from teacher_service.validation import ScoreRequest
 
 ERROR_DOMAIN = "teacher.v1"
 
+MessageT = TypeVar("MessageT", bound=Message)
+
 
 def check_body_size(num_bytes: int, limit: int) -> None:
     """Hold a body to the limit.
@@ -39,48 +42,21 @@ def check_body_size(num_bytes: int, limit: int) -> None:
         )
 
 
-def parse_score(payload: bytes) -> pb.ScoreRequest:
-    """Read a ScoreRequest.
+def parse(kind: type[MessageT], payload: bytes) -> MessageT:
+    """Read a message of the contract.
 
     Raises:
-        MalformedRequestError: the bytes are none.
+        MalformedRequestError: the bytes are none of that kind.
     """
     try:
-        return pb.ScoreRequest.FromString(payload)
+        return kind.FromString(payload)
     except DecodeError as exc:
-        raise _malformed(payload, "ScoreRequest") from exc
-
-
-def parse_get_manifest(payload: bytes) -> pb.GetManifestRequest:
-    """Read a GetManifestRequest.
-
-    Raises:
-        MalformedRequestError: the bytes are none.
-    """
-    try:
-        return pb.GetManifestRequest.FromString(payload)
-    except DecodeError as exc:
-        raise _malformed(payload, "GetManifestRequest") from exc
-
-
-def parse_stream_message(payload: bytes) -> pb.ScoreStreamRequest:
-    """Read a ScoreStreamRequest.
-
-    Raises:
-        MalformedRequestError: the bytes are none.
-    """
-    try:
-        return pb.ScoreStreamRequest.FromString(payload)
-    except DecodeError as exc:
-        raise _malformed(payload, "ScoreStreamRequest") from exc
-
-
-def _malformed(payload: bytes, message: str) -> MalformedRequestError:
-    return MalformedRequestError(
-        f"the body of {len(payload)} bytes is no teacher.v1.{message}; send that message, serialized; server "
-        "reflection shows the service's teacher.proto",
-        metadata={"field": "body", "value": f"{len(payload)} bytes", "limit": f"teacher.v1.{message}"},
-    )
+        name = kind.DESCRIPTOR.full_name
+        raise MalformedRequestError(
+            f"the body of {len(payload)} bytes is no {name}; send that message, serialized; server "
+            "reflection shows the service's teacher.proto",
+            metadata={"field": "body", "value": f"{len(payload)} bytes", "limit": name},
+        ) from exc
 
 
 def request_from_pb(message: pb.ScoreRequest) -> ScoreRequest:
