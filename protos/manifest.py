@@ -13,6 +13,8 @@ RANGE_SIZE = 1024
 """Width of one range of token ids with a digest of its own."""
 RANGE_DIGEST_BYTES = 8
 """Bytes kept of a range's SHA-256: it only has to tell where two token maps part."""
+SPECIAL_ROLES = ("eos", "bos", "pad", "unk")
+"""Roles of special tokens that both sides tell; transformers has each as `<role>_token_id`."""
 
 
 class Capability(enum.StrEnum):

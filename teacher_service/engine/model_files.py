@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from protos.manifest import TokenizerManifest
+from protos.manifest import SPECIAL_ROLES, TokenizerManifest
 from teacher_service.errors import EngineStartError
 
 SAMPLES_PER_FILE = 64
 """Evenly spaced samples of each weight file that enter the digest, the first and the last bytes among them."""
 SAMPLE_BYTES = 16 * 1024
 """Bytes of one sample: 1 MiB per file, so 200 files of 5 GB take 200 MB of reading."""
-SPECIAL_ROLES = ("eos", "bos", "pad", "unk")
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 _TOKENIZER_PATTERNS = (

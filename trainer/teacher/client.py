@@ -116,6 +116,7 @@ class TeacherClient:
         )
         self._balancer = Balancer(endpoints, cool_down_s=cool_down_s)
         self._endpoint_names = tuple(endpoints)
+        self._where = ", ".join(endpoints)
         self._session: _Session | None = None
         self._closed = False
 
@@ -130,13 +131,12 @@ class TeacherClient:
         if self._session is not None or self._closed:
             raise GKDError("the teacher client was entered before; make a new one")
         manifest = check_same_manifest(await fetch_manifests(self._endpoint_names, self._patience))
-        endpoint = ", ".join(self._endpoint_names)
         if self._expected_digest not in (None, manifest.digest):
-            raise manifest_changed(endpoint, digest=manifest.digest, checked=self._expected_digest)
+            raise manifest_changed(self._where, digest=manifest.digest, checked=self._expected_digest)
         check_compatibility(
             manifest,
             self._student,
-            endpoint=endpoint,
+            endpoint=self._where,
             num_logprobs=self._plan.num_logprobs,
             temperature=self._plan.temperature,
             max_tokens=self._plan.max_tokens,
@@ -230,7 +230,7 @@ class TeacherClient:
         if self._closed:
             raise TeacherClosedError(
                 "the teacher client is closed; make a new one",
-                endpoint=", ".join(self._endpoint_names),
+                endpoint=self._where,
                 reason="CLOSED",
             )
         if self._session is None:
@@ -312,7 +312,7 @@ class TeacherClient:
     def _ended_early(self, call: _Call) -> TeacherError:
         """The error of a call whose slot was taken away: by close, or by its deadline."""
         last = call.last_error
-        endpoint = ", ".join(self._endpoint_names) if last is None else last.endpoint
+        endpoint = self._where if last is None else last.endpoint
         if self._closed:
             return TeacherClosedError(
                 f"the teacher client was closed {call.elapsed_s:.1f} s into a call; wait for calls before closing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from contextvars import ContextVar
 from typing import Any
@@ -115,7 +116,7 @@ def _describe(scores: TeacherScores, generated_at_s: float) -> dict[str, float]:
         scored_tokens=scores.num_scored,
         tail_mass=0.0 if scores.log_tail_mass is None else float(np.exp(scores.log_tail_mass).mean()),
     )
-    return {name: getattr(call, name) for name in TeacherCall.__slots__}
+    return dataclasses.asdict(call)
 
 
 class GKDAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]

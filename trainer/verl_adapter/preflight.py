@@ -16,13 +16,12 @@ import structlog
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
-from protos.manifest import Manifest
+from protos.manifest import SPECIAL_ROLES, Manifest
 from trainer.config import GKDConfig, Mode
 from trainer.errors import ConfigError, DatasetError
 from trainer.teacher import StudentInfo, TeacherClient, check_compatibility
 
 _log = structlog.get_logger(__name__)
-_ROLES = ("eos", "bos", "pad", "unk")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +131,7 @@ def read_student(model_path: str, *, trust_remote_code: bool) -> StudentInfo:
         )
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{key}={model_path}: no model could be loaded from it: {exc}") from exc
-    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in SPECIAL_ROLES}
     return StudentInfo(
         vocabulary=tokenizer.get_vocab(),
         vocab_rows=config.get_text_config().vocab_size,
@@ -152,7 +151,7 @@ def fit_to_teacher(gkd: GKDConfig, student: StudentInfo, *, max_tokens: int) -> 
         TeacherUnavailableError: no teacher answers.
         TeacherMismatchError: the teacher does not fit.
     """
-    manifest = asyncio.run(_fetch_manifest(gkd, student))
+    manifest = asyncio.run(_fetch_manifest(gkd))
     num_logprobs = min(gkd.teacher.num_logprobs, manifest.vocab_rows)
     check_compatibility(
         manifest,
@@ -166,14 +165,13 @@ def fit_to_teacher(gkd: GKDConfig, student: StudentInfo, *, max_tokens: int) -> 
     return gkd.model_copy(update={"teacher": teacher}), manifest
 
 
-async def _fetch_manifest(gkd: GKDConfig, student: StudentInfo) -> Manifest:
+async def _fetch_manifest(gkd: GKDConfig) -> Manifest:
     settings = gkd.teacher
     async with TeacherClient(
         endpoints=settings.addresses,
         timeout_s=settings.timeout_s,
         connect_timeout_s=settings.connect_timeout_s,
         wait_ready_s=settings.max_wait_s,
-        student=student,
     ) as teacher:
         return teacher.manifest
 
