@@ -22,6 +22,7 @@ from tests.support.service import (
     by_http_protobuf,
     by_json,
     by_unary,
+    gated_engine,
     running_service,
     score_request,
 )
@@ -48,13 +49,6 @@ async def health(service: Service) -> set[int]:
 
 async def http_status(service: Service, path: str) -> int:
     return (await service.http.get(path)).status_code
-
-
-def gated_engine(**faults: Any) -> FakeEngine:
-    """An engine that holds its jobs until the test opens the gate."""
-    engine = FakeEngine(**faults)
-    engine.scoring_gate.clear()
-    return engine
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)

@@ -12,6 +12,7 @@ from protos.teacher.v1 import teacher_pb2 as pb
 from teacher_service.engine.fake import FakeEngine
 from tests.support.service import (
     Outcome,
+    gated_engine,
     outcome_of_rpc_error,
     outcome_of_stream_answer,
     raw_stream,
@@ -80,8 +81,7 @@ async def test_garbage_on_a_stream_fails_alone() -> None:
 
 async def test_answers_come_in_completion_order() -> None:
     """A sequence that is refused is answered while an earlier one is still in the engine."""
-    engine = FakeEngine()
-    engine.scoring_gate.clear()
+    engine = gated_engine()
     async with running_service(engine) as service:
         call = service.stub.ScoreStream(timeout=TIMEOUT_S)
         await call.write(message("slow"))
@@ -95,8 +95,7 @@ async def test_answers_come_in_completion_order() -> None:
 
 async def test_a_duplicate_or_missing_id_is_refused_for_that_message_alone() -> None:
     """The first holder of an id is answered; an id may be used again once it was answered."""
-    engine = FakeEngine()
-    engine.scoring_gate.clear()
+    engine = gated_engine()
     async with running_service(engine) as service:
         call = service.stub.ScoreStream(timeout=TIMEOUT_S)
         await call.write(message("a"))
@@ -116,8 +115,7 @@ async def test_a_duplicate_or_missing_id_is_refused_for_that_message_alone() -> 
 
 async def test_the_server_stops_reading_while_too_many_are_in_flight() -> None:
     """The bound holds for what reaches the engine; the rest waits outside and is answered later."""
-    engine = FakeEngine()
-    engine.scoring_gate.clear()
+    engine = gated_engine()
     async with running_service(engine, max_stream_inflight=3) as service:
         call = service.stub.ScoreStream(timeout=TIMEOUT_S)
         for i in range(8):
@@ -133,8 +131,7 @@ async def test_the_server_stops_reading_while_too_many_are_in_flight() -> None:
 
 async def test_each_sequence_has_its_own_deadline() -> None:
     """timeout_s ends one sequence and takes it out of the engine; the stream and the others go on."""
-    engine = FakeEngine()
-    engine.scoring_gate.clear()
+    engine = gated_engine()
     async with running_service(engine) as service:
         call = service.stub.ScoreStream(timeout=TIMEOUT_S)
         await call.write(message("patient"))
@@ -159,8 +156,7 @@ async def test_a_bad_timeout_is_refused(timeout_s: float) -> None:
 
 async def test_cancelling_a_stream_cancels_all_its_work() -> None:
     """Nothing of a stream stays in the engine or in the queue once its caller is gone."""
-    engine = FakeEngine()
-    engine.scoring_gate.clear()
+    engine = gated_engine()
     async with running_service(engine, max_inflight_requests=2) as service:
         call = service.stub.ScoreStream(timeout=TIMEOUT_S)
         for i in range(5):
@@ -176,8 +172,7 @@ async def test_cancelling_a_stream_cancels_all_its_work() -> None:
 
 async def test_drain_refuses_new_sequences_on_an_open_stream_and_then_ends_it() -> None:
     """What is in flight is answered, what comes after is refused with DRAINING, and the stream ends UNAVAILABLE."""
-    engine = FakeEngine()
-    engine.scoring_gate.clear()
+    engine = gated_engine()
     async with running_service(engine) as service:
         call = service.stub.ScoreStream(timeout=TIMEOUT_S)
         await call.write(message("old"))

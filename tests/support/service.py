@@ -20,6 +20,7 @@ from protos.teacher.v1 import teacher_pb2 as pb
 from protos.teacher.v1.teacher_pb2_grpc import TeacherServiceStub
 from teacher_service.config import ServiceSettings
 from teacher_service.engine.base import Engine
+from teacher_service.engine.fake import FakeEngine
 from teacher_service.server import Addresses, TeacherServer
 from teacher_service.telemetry import Telemetry, build_logger
 from tests.support.waiting import TIMEOUT_S
@@ -102,6 +103,13 @@ class Outcome:
     retry_delay_s: float | None = None
     topk_token_ids: list[int] | None = None
     """Most likely token per position, of an answered request that asked for some."""
+
+
+def gated_engine(**faults: Any) -> FakeEngine:
+    """An engine that holds its jobs until the test opens the gate."""
+    engine = FakeEngine(**faults)
+    engine.scoring_gate.clear()
+    return engine
 
 
 def score_request(token_ids: Iterable[int], score_start: int, num_logprobs: int = 0, **more: Any) -> pb.ScoreRequest:
