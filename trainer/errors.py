@@ -17,6 +17,10 @@ class DatasetError(GKDError, ValueError):
     """A data file lacks the columns or rows that the run needs."""
 
 
+class SelectionError(GKDError, ValueError):
+    """The responses to score can't be told from their rewards."""
+
+
 class ShapeError(GKDError, ValueError):
     """Two arrays that must agree in shape don't."""
 

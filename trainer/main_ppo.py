@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config import GKDConfig
+from trainer.config import GKDConfig, check_conflicts
 from trainer.errors import ConfigError, GKDError
 from trainer.verl_adapter.cpu.environment import apply_config_defaults, set_environment
 from trainer.verl_adapter.preflight import preflight
@@ -84,7 +84,10 @@ def _compose_and_run(config: DictConfig) -> None:
         if config.trainer.device == "cpu":
             set_environment()
             apply_config_defaults(config, user_keys)
-        run = preflight(config, GKDConfig.read(_resolved(config)), user_keys)
+        resolved = _resolved(config)
+        gkd = GKDConfig.read(resolved)
+        check_conflicts(gkd, resolved)
+        run = preflight(config, gkd, user_keys)
         from trainer.verl_adapter.launch import launch  # imports verl, which reads the environment set above
 
         launch(config, run, user_keys)

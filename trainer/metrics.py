@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 TEACHER_KL_LOSS = "actor/teacher_kl_loss"
@@ -11,7 +11,12 @@ TEACHER_KL_LOSS = "actor/teacher_kl_loss"
 TEACHER_KL_COEF = "actor/teacher_kl_coef"
 """Its weight in the loss."""
 IS_ON_POLICY = "data/is_on_policy"
-"""1.0 where the student wrote the batch's responses."""
+"""1.0 where the student wrote the batch's responses, 0.0 where they are ground-truth answers."""
+SELECT_RATIO = "gkd/select_ratio"
+"""Responses scored by the teacher over all responses of the batch."""
+SELECT_STRATEGY = "gkd/select_strategy"
+"""`gkd_select_strategy` as its number in STRATEGY_NUMBERS, since most loggers take only numbers."""
+STRATEGY_NUMBERS: Mapping[str, float] = {"all": 0.0, "random": 1.0, "best": 2.0, "worst": 3.0}
 TEACHER_KNOWLEDGE = "timing/teacher_knowledge"
 """Seconds between the last response and the last teacher answer of the batch: what the step waited."""
 TEACHER_LATENCY_MEAN = "timing/teacher_latency/mean"
@@ -21,19 +26,27 @@ SCORED_TOKENS = "gkd/scored_tokens"
 """Response tokens that the teacher scored for the batch."""
 TEACHER_TAIL_MASS = "gkd/teacher_tail_mass"
 """Mean teacher probability outside the top-k."""
+TOP1_AGREEMENT = "gkd/top1_agreement"
+"""Share of the scored tokens at which student and teacher find the same token likeliest."""
+TEACHER_ENTROPY = "gkd/teacher_entropy"
+"""Mean entropy in nats of the teacher's top-k and one event for the rest: a lower bound of its full entropy."""
+STUDENT_ENTROPY = "gkd/student_entropy"
+"""Mean entropy in nats of the student's full distribution at the scored tokens, at `teacher_kl_temperature`."""
 PEARSON_CORR = "training/rollout_actor_probs_pearson_corr"
 """Correlation of the rollout's and the trainer's probabilities of the sampled tokens: below 0.99, weights are stale."""
 
-ROLLOUT_PROBS = "actor/rollout_probs/"
-"""Prefix of the sums that PEARSON_CORR is made of; they are not logged themselves."""
+LOSS_SUMS = "actor/gkd_sums/"
+"""Prefix of the sums over tokens that the loss reports; the metrics above are made of them, they are not logged."""
+ROLLOUT_PROBS = LOSS_SUMS + "rollout_probs/"
+"""Prefix of those that PEARSON_CORR is made of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherCall:
     """What one response cost at the teacher; times are seconds since the epoch."""
 
-    generated_at_s: float
-    """When the response was complete."""
+    asked_at_s: float
+    """When it was sent."""
     scored_at_s: float
     """When its scores were there."""
     latency_s: float
@@ -44,19 +57,51 @@ class TeacherCall:
     """Mean teacher probability outside the top-k."""
 
 
-def teacher_metrics(calls: Sequence[TeacherCall]) -> dict[str, float]:
-    """What a batch's teacher calls amount to; empty for no calls."""
-    if not calls:
-        return {}
-    waited_s = max(one.scored_at_s for one in calls) - max(one.generated_at_s for one in calls)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchCalls:
+    """A batch's responses and what they cost at the teacher."""
+
+    calls: tuple[TeacherCall, ...]
+    """One per scored response."""
+    num_responses: int
+    """Scored or not."""
+    generated_at_s: float
+    """When the last response was complete, in seconds since the epoch."""
+
+
+def teacher_metrics(batch: BatchCalls) -> dict[str, float]:
+    """What a batch's teacher calls amount to; times and masses are absent where nothing was scored."""
+    calls = batch.calls
     tokens = sum(one.scored_tokens for one in calls)
-    return {
-        TEACHER_KNOWLEDGE: max(0.0, waited_s),
-        TEACHER_LATENCY_MEAN: sum(one.latency_s for one in calls) / len(calls),
-        TEACHER_LATENCY_MAX: max(one.latency_s for one in calls),
-        SCORED_TOKENS: float(tokens),
-        TEACHER_TAIL_MASS: sum(one.tail_mass * one.scored_tokens for one in calls) / max(tokens, 1),
-    }
+    metrics = {SELECT_RATIO: len(calls) / batch.num_responses, SCORED_TOKENS: float(tokens)}
+    if tokens:
+        waited_s = max(one.scored_at_s for one in calls) - batch.generated_at_s
+        metrics |= {
+            TEACHER_KNOWLEDGE: max(0.0, waited_s),
+            TEACHER_LATENCY_MEAN: sum(one.latency_s for one in calls) / len(calls),
+            TEACHER_LATENCY_MAX: max(one.latency_s for one in calls),
+            TEACHER_TAIL_MASS: sum(one.tail_mass * one.scored_tokens for one in calls) / tokens,
+        }
+    return metrics
+
+
+def loss_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that the loss's sums make; those without a token are absent.
+
+    Args:
+        sums: by name without LOSS_SUMS, or any common multiple of them.
+    """
+    metrics = {}
+    tokens = sums.get("tokens", 0.0)
+    if tokens > 0:
+        for name in (TOP1_AGREEMENT, TEACHER_ENTROPY, STUDENT_ENTROPY):
+            metrics[name] = sums[name] / tokens
+    prefix = ROLLOUT_PROBS.removeprefix(LOSS_SUMS)
+    probs = {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
+    correlation = pearson_correlation(probs) if probs else None
+    if correlation is not None:
+        metrics[PEARSON_CORR] = correlation
+    return metrics
 
 
 def pearson_correlation(sums: Mapping[str, float]) -> float | None:

@@ -1,5 +1,6 @@
 """The trainer's configuration: `ppo_trainer.yaml` for Hydra, `GKDConfig` for the code."""
 
-from trainer.config.gkd import GKDConfig, Mode, TeacherConfig
+from trainer.config.conflicts import check_conflicts
+from trainer.config.gkd import REWARD_STRATEGIES, GKDConfig, Mode, SelectStrategy, TeacherConfig
 
-__all__ = ["GKDConfig", "Mode", "TeacherConfig"]
+__all__ = ["REWARD_STRATEGIES", "GKDConfig", "Mode", "SelectStrategy", "TeacherConfig", "check_conflicts"]

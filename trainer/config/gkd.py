@@ -14,6 +14,11 @@ from trainer.errors import ConfigError
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
+SelectStrategy = Literal["all", "random", "best", "worst"]
+REWARD_STRATEGIES: frozenset[SelectStrategy] = frozenset({"best", "worst"})
+"""Those that rank a prompt's responses by reward."""
+
+
 class Mode(enum.StrEnum):
     """What a run optimises."""
 
@@ -38,7 +43,7 @@ class ActorConfig(BaseModel):
     """Weight of the divergence in the loss."""
     teacher_kl_temperature: PositiveFloat = Field(default=1.0, allow_inf_nan=False)
     """Temperature of both sides of the divergence."""
-    gkd_select_strategy: Literal["all", "random", "best", "worst"] = "all"
+    gkd_select_strategy: SelectStrategy = "all"
     """Which of a prompt's n responses the teacher scores."""
     gkd_select_k: PositiveInt = 1
     """How many of them, for random, best and worst."""
@@ -93,7 +98,7 @@ class TrainerConfig(BaseModel):
     enable_off_policy: bool = False
     """Mix in ground-truth answers (GKD only)."""
     gkd_lambda: float = Field(default=1.0, ge=0, le=1)
-    """Share of the questions that is on-policy."""
+    """Share of the questions that is on-policy; read where enable_off_policy is true."""
     data_partition_seed: int = Field(default=12345, ge=0)
     """Seed of the split of the questions."""
 
@@ -108,7 +113,7 @@ class DataConfig(BaseModel):
     answer_key: str = "answer"
     """Column of the ground-truth answer."""
     off_policy_files: str | tuple[str, ...] | None = None
-    """Parquet files of the off-policy data."""
+    """Parquet files of the off-policy data; null: the answers of `data.train_files`."""
     off_policy_batch_size: PositiveInt | None = None
     """Rows per off-policy batch; null: `data.train_batch_size`."""
 
@@ -131,6 +136,16 @@ class GKDConfig(BaseModel):
         return Mode.GKD if self.actor.gkd_only_mode else Mode.GKD_GRPO
 
     @property
+    def mixes_off_policy(self) -> bool:
+        """Whether some batches are ground-truth answers."""
+        return self.mode is Mode.GKD and self.trainer.enable_off_policy and self.trainer.gkd_lambda < 1
+
+    @property
+    def selects(self) -> bool:
+        """Whether some responses may go unscored."""
+        return self.mode is not Mode.GRPO and self.actor.gkd_select_strategy != "all"
+
+    @property
     def request_temperature(self) -> float:
         """The temperature that the teacher is asked to apply before its softmax."""
         return self.actor.teacher_kl_temperature * self.teacher.temperature
@@ -143,8 +158,7 @@ class GKDConfig(BaseModel):
             config: plain nested mappings (`OmegaConf.to_container(..., resolve=True)`).
 
         Raises:
-            ConfigError: a value is out of range, a key of the teacher section is unknown, or keys contradict
-                each other.
+            ConfigError: a value is out of range, or a key of the teacher section is unknown.
         """
         actor_rollout_ref = config["actor_rollout_ref"]
         sections = {
@@ -154,39 +168,9 @@ class GKDConfig(BaseModel):
             "data": (_pick(DataConfig, config["data"]), "data"),
         }
         try:
-            gkd = cls.model_validate({name: values for name, (values, _) in sections.items()})
+            return cls.model_validate({name: values for name, (values, _) in sections.items()})
         except ValidationError as exc:
             raise ConfigError(_explain(exc, {name: path for name, (_, path) in sections.items()})) from exc
-        gkd.check(num_rollouts=config["actor_rollout_ref"]["rollout"]["n"])
-        return gkd
-
-    def check(self, *, num_rollouts: int) -> None:
-        """Check the keys against each other.
-
-        Args:
-            num_rollouts: `actor_rollout_ref.rollout.n`.
-
-        Raises:
-            ConfigError: they contradict each other.
-        """
-        if self.mode is Mode.GRPO:
-            return
-        if self.mode is Mode.GKD_GRPO:
-            raise ConfigError(
-                "actor_rollout_ref.actor.use_teacher_kl_loss=true with gkd_only_mode=false (GKD + GRPO) is not offered "
-                "yet; set actor_rollout_ref.actor.gkd_only_mode=true, or use_teacher_kl_loss=false for GRPO alone"
-            )
-        if self.trainer.enable_off_policy:
-            raise ConfigError(
-                "trainer.enable_off_policy=true is not offered yet; set it to false: the student writes every response"
-            )
-        if self.actor.gkd_select_strategy != "all":
-            raise ConfigError(
-                f"actor_rollout_ref.actor.gkd_select_strategy={self.actor.gkd_select_strategy} is not offered with "
-                "gkd_only_mode=true; set it to all"
-            )
-        if num_rollouts < 1:
-            raise ConfigError(f"actor_rollout_ref.rollout.n is {num_rollouts}; it must be at least 1")
 
 
 def _pick(model: type[BaseModel], section: Mapping[str, Any]) -> dict[str, Any]:

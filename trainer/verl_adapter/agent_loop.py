@@ -1,4 +1,4 @@
-"""verl's agent-loop worker with a teacher: each response is scored the moment it is complete."""
+"""verl's agent-loop worker with a teacher: each response is scored the moment it is known that it is to be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,22 +15,39 @@ from omegaconf import OmegaConf
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from trainer.config import GKDConfig, Mode
+from trainer.config import REWARD_STRATEGIES, GKDConfig, Mode
 from trainer.errors import TeacherError
 from trainer.metrics import TeacherCall
+from trainer.selection import select_by_reward, select_random
 from trainer.teacher import RetryPolicy, ScoringPlan, TeacherClient
 from trainer.types import TeacherScores
+from trainer.verl_adapter import ground_truth as _ground_truth  # noqa: F401  # its decorator registers the loop
 from trainer.verl_adapter import teacher_fields
+from trainer.verl_adapter.dataset import conversation_text
+from trainer.verl_adapter.prompt_group import PromptGroup
 
-TEACHER_CALL, TEACHER_ERROR = "gkd_teacher_call", "gkd_teacher_error"
-"""Keys of a response's `extra_fields`: what its teacher call cost, or why it failed."""
+GENERATED_AT, TEACHER_CALL, TEACHER_ERROR = "gkd_generated_at_s", "gkd_teacher_call", "gkd_teacher_error"
+"""Keys of a response's `extra_fields`: when it was complete; what its teacher call cost, or why it failed. A response
+that was not selected has neither of the last two."""
 
 # verl hands the worker an actor class; the plain class behind it can be subclassed
 _PlainWorker: type[Any] = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 # max_wait_s bounds the call, not a number of attempts: a teacher may take minutes to come back
 _RETRY = RetryPolicy(max_attempts=1_000_000)
 
-_validating: ContextVar[bool] = ContextVar("validating")
+
+@dataclass
+class _Response:
+    """One response under way: verl's steps for it share this through a context variable."""
+
+    validate: bool
+    outputs: list[AgentLoopOutput]
+    generated_at_s: float = field(default_factory=time.time)
+    scoring: asyncio.Task[None] | None = None
+    """Under way beside the reward, where the selection does not depend on it."""
+
+
+_current: ContextVar[_Response] = ContextVar("response")
 
 
 class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no types
@@ -42,6 +60,7 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
         self._max_tokens = int(data.max_prompt_length + data.max_response_length)
         self._teacher: TeacherClient | None = None
         self._connecting = asyncio.Lock()
+        self._groups: dict[str, PromptGroup] = {}
 
     async def _connected_teacher(self) -> TeacherClient:
         async with self._connecting:
@@ -65,19 +84,54 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
                 self._teacher = teacher
             return self._teacher
 
-    async def _agent_loop_postprocess(
-        self,
-        output: AgentLoopOutput | list[AgentLoopOutput],
-        validate: bool,
-        **kwargs: Any,
+    async def _run_prompt(
+        self, prompt: dict[str, Any], sampling_params: dict[str, Any], trajectory: dict[str, Any], trace: bool = False
     ) -> None:
-        _validating.set(validate)
-        await super()._agent_loop_postprocess(output, validate, **kwargs)
+        rollout = self.config.actor_rollout_ref.rollout
+        num_responses = prompt.get("__rollout_n__", rollout.val_kwargs.n if trajectory["validate"] else rollout.n)
+        uid = prompt["uid"]
+        self._groups[uid] = PromptGroup(int(num_responses))
+        try:
+            await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+        finally:
+            del self._groups[uid]
+
+    async def _run_agent_loop(
+        self,
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        *,
+        agent_name: str,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        try:
+            return await super()._run_agent_loop(
+                sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+            )
+        finally:
+            self._groups[kwargs["uid"]].settle(kwargs["session_id"])  # the siblings of a failed response go on
+
+    async def _agent_loop_postprocess(
+        self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
+    ) -> None:
+        response = _Response(validate=validate, outputs=output if isinstance(output, list) else [output])
+        _current.set(response)
+        try:
+            await super()._agent_loop_postprocess(output, validate, **kwargs)
+        finally:
+            if response.scoring is not None:
+                response.scoring.cancel()  # nothing to do but after a failed reward
 
     async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
-        if self._gkd.mode is Mode.GKD and not _validating.get():
-            return  # distillation alone has no reward
+        response = _current.get()
+        if not response.validate:
+            if self._gkd.actor.gkd_select_strategy not in REWARD_STRATEGIES:
+                response.scoring = asyncio.create_task(self._score(response, kwargs))
+            if self._gkd.mode is Mode.GKD:
+                return  # distillation alone has no reward
         await super()._compute_score(outputs, kwargs)
+        self._groups[kwargs["uid"]].settle(kwargs["session_id"], outputs[-1].reward_score)
 
     async def _compute_teacher_logprobs(
         self,
@@ -87,14 +141,46 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
         validate: bool,
         sample_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if validate:
+        if validate or sample_kwargs is None:
             return
-        generated_at_s = time.time()
+        response = _current.get()
+        await (response.scoring or self._score(response, sample_kwargs))
+
+    async def _score(self, response: _Response, kwargs: dict[str, Any]) -> None:
+        """Fill in the teacher's fields: its scores if the response is selected, no rows if it is not."""
+        selected = kwargs["session_id"] in await self._selected(self._groups[kwargs["uid"]], kwargs)
+        for output in response.outputs:  # an agent loop may have cut its conversation into several sequences
+            output.extra_fields[GENERATED_AT] = response.generated_at_s
+            if selected:
+                await self._score_output(output)
+            else:
+                ids, logprobs = teacher_fields.unscored(self._gkd.teacher.num_logprobs)
+                output.extra_fields[teacher_fields.TEACHER_IDS] = ids
+                output.extra_fields[teacher_fields.TEACHER_LOGPROBS] = logprobs
+
+    async def _selected(self, group: PromptGroup, kwargs: dict[str, Any]) -> frozenset[int]:
+        actor = self._gkd.actor
+        match actor.gkd_select_strategy:
+            case "all":
+                return frozenset(range(group.num_responses))
+            case "random":
+                return select_random(
+                    num_responses=group.num_responses,
+                    k=actor.gkd_select_k,
+                    seed=self._gkd.trainer.data_partition_seed,
+                    group=f"{kwargs['global_steps']}|{conversation_text(kwargs['raw_prompt'])}",
+                )
+            case "best" | "worst":
+                rewards = await group.rewards()
+                return select_by_reward(rewards, k=actor.gkd_select_k, best=actor.gkd_select_strategy == "best")
+
+    async def _score_output(self, output: AgentLoopOutput) -> None:
+        asked_at_s = time.time()
         try:
             teacher = await self._connected_teacher()
             scores = await teacher.score(
-                [*prompt_ids, *response_ids],
-                score_start=len(prompt_ids),
+                [*output.prompt_ids, *output.response_ids],
+                score_start=len(output.prompt_ids),
                 num_logprobs=self._gkd.teacher.num_logprobs,
                 temperature=self._gkd.request_temperature,
             )
@@ -105,12 +191,12 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
         ids, logprobs = teacher_fields.pack(scores)
         output.extra_fields[teacher_fields.TEACHER_IDS] = ids
         output.extra_fields[teacher_fields.TEACHER_LOGPROBS] = logprobs
-        output.extra_fields[TEACHER_CALL] = _describe(scores, generated_at_s)
+        output.extra_fields[TEACHER_CALL] = _describe(scores, asked_at_s)
 
 
-def _describe(scores: TeacherScores, generated_at_s: float) -> dict[str, float]:
+def _describe(scores: TeacherScores, asked_at_s: float) -> dict[str, float]:
     call = TeacherCall(
-        generated_at_s=generated_at_s,
+        asked_at_s=asked_at_s,
         scored_at_s=time.time(),
         latency_s=scores.timings.total_s,
         scored_tokens=scores.num_scored,

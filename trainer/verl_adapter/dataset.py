@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset
@@ -41,3 +43,8 @@ def _to_verl_row(
     if "extra_info" not in row:
         added["extra_info"] = {"index": index}
     return added
+
+
+def conversation_text(messages: Iterable[Any]) -> str:
+    """The same text for the same chat messages on every machine; of images and the like only their kind."""
+    return json.dumps(list(messages), sort_keys=True, default=lambda one: type(one).__name__)

@@ -22,6 +22,8 @@ from trainer.errors import ConfigError, DatasetError
 from trainer.teacher import StudentInfo, TeacherClient, check_compatibility
 
 _log = structlog.get_logger(__name__)
+REWARD_MODEL_COLUMN = "reward_model"
+"""verl's column with the ground truth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +51,21 @@ def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> Checke
         TeacherMismatchError: the teacher does not fit the student.
     """
     _choose_validation(config, user_keys)
-    for key in ("train_files", "val_files"):
+    files = {"train_files": config.data.train_files, "val_files": config.data.val_files}
+    if gkd.mixes_off_policy and gkd.data.off_policy_files is not None:
+        files["off_policy_files"] = gkd.data.off_policy_files
+    for key, value in files.items():
         check_data_files(
-            as_files(config.data[key]),
+            as_files(value),
             key=f"data.{key}",
             prompt_key=config.data.prompt_key,
             question_key=gkd.data.question_key,
+        )
+    if gkd.mixes_off_policy:
+        check_answers(
+            as_files(gkd.data.off_policy_files or config.data.train_files),
+            key="data.off_policy_files" if gkd.data.off_policy_files else "data.train_files",
+            answer_key=gkd.data.answer_key,
         )
     model = config.actor_rollout_ref.model
     student = read_student(model.path, trust_remote_code=bool(model.get("trust_remote_code", False)))
@@ -110,6 +121,29 @@ def check_data_files(files: Sequence[str], *, key: str, prompt_key: str, questio
             )
         if num_rows == 0:
             raise DatasetError(f"{key}: {path} has no rows; it needs at least one")
+
+
+def check_answers(files: Sequence[str], *, key: str, answer_key: str) -> None:
+    """Check that every parquet file of off-policy data has a column to take answers from.
+
+    Args:
+        files: as `check_data_files` let them pass.
+        key: the configuration key that names them, for the error.
+        answer_key: column of answers.
+
+    Raises:
+        DatasetError: a file has neither that column nor verl's `reward_model`.
+    """
+    for name in files:
+        path = Path(name).expanduser()
+        if path.suffix != ".parquet":
+            continue
+        columns = pq.read_schema(path).names
+        if answer_key not in columns and REWARD_MODEL_COLUMN not in columns:
+            raise DatasetError(
+                f"{key}: {path} has the columns {', '.join(columns)}; off-policy data needs {answer_key!r} (text) or "
+                f"{REWARD_MODEL_COLUMN!r} (with a ground_truth). Set data.answer_key to name yours."
+            )
 
 
 def read_student(model_path: str, *, trust_remote_code: bool) -> StudentInfo:

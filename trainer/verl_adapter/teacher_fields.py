@@ -51,15 +51,26 @@ def pack(scores: TeacherScores) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(scores.topk_token_ids.copy()), logprobs
 
 
+def unscored(num_logprobs: int) -> tuple[Tensor, Tensor]:
+    """The two fields of a response that the teacher was not asked about: no rows."""
+    return torch.empty((0, num_logprobs), dtype=torch.int32), torch.empty((0, num_logprobs + 2))
+
+
 def unpack(ids: Tensor, logprobs: Tensor) -> TeacherColumns:
     """The columns of `[S, K]` ids and `[S, K + 2]` logprobs."""
     return TeacherColumns(ids, logprobs[:, :-2], logprobs[:, -2], logprobs[:, -1])
 
 
 def response_rows(
-    sequence_lens: Tensor, prompt_lens: Tensor, teacher_lens: Tensor, response_mask: Tensor, mask_lens: Tensor
+    sequence_lens: Tensor,
+    prompt_lens: Tensor,
+    teacher_lens: Tensor,
+    response_mask: Tensor,
+    mask_lens: Tensor,
+    *,
+    unscored_allowed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Where the learned tokens of a packed micro-batch lie.
+    """Where the tokens that are learned from the teacher lie in a packed micro-batch.
 
     A packed micro-batch of B sequences is their tokens one after the other. The token at position j of a response
     is predicted by the logits one position before it.
@@ -70,6 +81,7 @@ def response_rows(
         teacher_lens: `[B]` rows of the teacher's fields.
         response_mask: `[sum of mask_lens]`, non-zero where a token is learned.
         mask_lens: `[B]` response lengths.
+        unscored_allowed: leave out sequences without teacher rows, which were not selected.
 
     Returns:
         For each learned token, the index of the logits that predict it and of its row in the teacher's fields.
@@ -80,6 +92,8 @@ def response_rows(
     num_sequences = sequence_lens.shape[0]
     sequence = torch.repeat_interleave(torch.arange(num_sequences, device=mask_lens.device), mask_lens)
     learned = response_mask.bool()
+    if unscored_allowed:
+        learned = learned & (teacher_lens > 0)[sequence]
     # verl pads a batch with sequences whose mask is all zero; their teacher rows mean nothing
     wrong = torch.zeros(num_sequences, dtype=torch.bool, device=mask_lens.device)
     wrong[sequence[learned]] = (teacher_lens != mask_lens)[sequence[learned]]

@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
-import torch
-import transfer_queue as tq
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync
-from verl.workers.utils.padding import response_to_nested
+from verl.utils.config import omega_conf_to_dataclass
 
 from trainer import metrics as names
-from trainer.config import GKDConfig
+from trainer.config import GKDConfig, Mode
 from trainer.errors import GKDError
-from trainer.metrics import TeacherCall, pearson_correlation, teacher_metrics
-from trainer.verl_adapter.agent_loop import TEACHER_CALL, TEACHER_ERROR
+from trainer.metrics import BatchCalls, loss_metrics, teacher_metrics
+from trainer.verl_adapter.batch_fields import collect_calls, write_mini_batch_counts, write_unused_advantages
 from trainer.verl_adapter.loss import GKDLoss
+from trainer.verl_adapter.off_policy import MixedData
 
 REPLAY_POLL_S = 0.2
 """How often verl looks for finished responses; its own 2 s can be most of a step, and each look costs."""
 
 
 class GKDTrainerMixin:
-    """What distillation changes in a verl trainer: the loss, the passes that it does not need, and the metrics."""
+    """What distillation changes in a verl trainer: data, the loss, the passes that it does not need, the metrics."""
 
     config: Any
     actor_rollout_wg: Any
     replay_buffer: Any
+    global_steps: int
+    _calls: BatchCalls
+    _mixed: MixedData | None = None
+
+    @cached_property
+    def _gkd(self) -> GKDConfig:
+        return GKDConfig.model_validate(OmegaConf.to_container(self.config.gkd, resolve=True))
+
+    @property
+    def _on_policy(self) -> bool:
+        """Whether the student writes the responses of the step under way."""
+        return self._mixed is None or self._mixed.is_on_policy(self.global_steps)
+
+    @property
+    def _num_prompts(self) -> int:
+        if self._mixed is None:
+            return int(self.config.data.train_batch_size)
+        return self._mixed.batch_size(self.global_steps)
+
+    @property
+    def _responses_per_prompt(self) -> int:
+        return int(self.config.actor_rollout_ref.rollout.n) if self._on_policy else 1
+
+    @property
+    def _num_ranks(self) -> int:
+        """Data-parallel ranks of the actor."""
+        return int(max(self.actor_rollout_wg._dispatch_info["actor"])) + 1
+
+    @property
+    def _mini_batch_size(self) -> int:
+        """Responses per optimizer step, over all ranks."""
+        actor = self.config.actor_rollout_ref.actor
+        size = int(actor.ppo_mini_batch_size) * self._responses_per_prompt
+        # verl cuts a mini-batch into whole micro-batches; fewer responses per prompt may leave a rest, which it pads
+        unit = self._num_ranks * (1 if actor.use_dynamic_bsz else int(actor.ppo_micro_batch_size_per_gpu))
+        return -(-size // unit) * unit
 
     def on_init_end(self) -> None:
         """Install the loss in the workers."""
-        self._gkd = GKDConfig.model_validate(OmegaConf.to_container(self.config.gkd, resolve=True))
-        self._teacher_calls: list[TeacherCall] = []
         self.replay_buffer.poll_interval = REPLAY_POLL_S
         actor = self.config.actor_rollout_ref.actor
         loss = GKDLoss(
@@ -42,10 +75,45 @@ class GKDTrainerMixin:
             loss_agg_mode=actor.loss_agg_mode,
             loss_scale_factor=actor.get("loss_scale_factor"),
             rollout_temperature=self.config.actor_rollout_ref.rollout.temperature,
+            policy=omega_conf_to_dataclass(actor) if self._gkd.mode is Mode.GKD_GRPO else None,
         )
         self.actor_rollout_wg.set_loss_fn(loss)
-        self.actor_rollout_wg.update_actor = _distilling(self.actor_rollout_wg.update_actor)
+        self._plain_update_actor = self.actor_rollout_wg.update_actor
+        self.actor_rollout_wg.update_actor = self._distilling_update
         super().on_init_end()  # type: ignore[misc]  # verl's trainer follows in the class order
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()  # type: ignore[misc]
+        if not self._gkd.mixes_off_policy:
+            return
+        trainer: Any = self  # verl's attributes
+        self._mixed = MixedData(
+            self.config.data,
+            self._gkd,
+            train_dataset=trainer.train_dataset,
+            tokenizer=trainer.tokenizer,
+            processor=trainer.processor,
+        )
+        trainer.steps_per_epoch = self._mixed.schedule.steps_per_epoch
+        if self.config.trainer.total_training_steps is None:
+            trainer.total_training_steps = trainer.steps_per_epoch * self.config.trainer.total_epochs
+            with open_dict(self.config):
+                self.config.actor_rollout_ref.actor.optim.total_training_steps = trainer.total_training_steps
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        if self._mixed is None:
+            return super()._fetch_one_gen_batch()  # type: ignore[misc]
+        return self._mixed.fetch(self.global_steps)
+
+    def _step_once(self, metrics: dict[str, Any], timing_raw: dict[str, float], sample_batch_size: int) -> KVBatchMeta:
+        if self._mixed is not None:
+            sample_batch_size = self._num_prompts
+        return super()._step_once(metrics, timing_raw, sample_batch_size)  # type: ignore[misc]
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        if self._on_policy:
+            return int(super()._get_required_batch_multiple(dp_size))  # type: ignore[misc]
+        return self._mini_batch_size  # a multiple of the ranks
 
     def _balance_batch(
         self,
@@ -55,77 +123,62 @@ class GKDTrainerMixin:
         keep_minibatch: bool = False,
     ) -> KVBatchMeta:
         self._check_complete(batch)
-        self._teacher_calls = _collect_teacher_calls(batch)
+        self._calls = collect_calls(batch)
         return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)  # type: ignore[misc]
 
     def _check_complete(self, batch: KVBatchMeta) -> None:
         # verl trains on without the responses whose generation failed
-        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        if len(batch.keys) < expected:
+        expected = self._num_prompts * self._responses_per_prompt
+        there = len({key.rsplit("_", 1)[0] for key in batch.keys})  # {uid}_{response}_{part of its conversation}
+        if there < expected:
             raise GKDError(
-                f"{expected - len(batch.keys)} of {expected} responses failed while being generated; "
+                f"{expected - there} of {expected} responses failed while being generated; "
                 "the agent-loop worker's log above says why"
             )
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        return batch  # only a policy ratio needs it
+        if self._gkd.mode is Mode.GKD:
+            return batch  # only a policy ratio needs it
+        return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """There is no advantage; verl's bookkeeping still reads these fields."""
-        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
-        mask = fields["response_mask"]
-        zeros = response_to_nested(torch.zeros_like(mask.to_padded_tensor(0), dtype=torch.float32), mask)
-        unused = TensorDict(dict.fromkeys(("rm_scores", "advantages", "returns"), zeros), batch_size=len(batch))
-        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=unused)
+        if self._gkd.mode is Mode.GKD:
+            return write_unused_advantages(batch)
+        return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
 
-    def _compute_metrics(
-        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
-    ) -> None:
-        super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)  # type: ignore[misc]
-        for name in [one for one in metrics if one.startswith("critic/")]:
-            del metrics[name]  # they describe the zeros above
-        metrics.update(teacher_metrics(self._teacher_calls))
-        metrics[names.IS_ON_POLICY] = 1.0
-        correlation = _take_correlation(metrics)
-        if correlation is not None:
-            metrics[names.PEARSON_CORR] = correlation
-
-
-def _distilling(update_actor: Callable[[KVBatchMeta], Any]) -> Callable[[KVBatchMeta], Any]:
-    """Have verl's engine call the loss on the logits too, and leave out the policy's own logprobs."""
-
-    def update(batch: KVBatchMeta) -> Any:  # whatever verl returns
-        batch.extra_info.update(distillation_use_topk=True, distillation_only=True)
-        output = update_actor(batch)
+    def _distilling_update(self, batch: KVBatchMeta) -> Any:  # whatever verl returns
+        """verl's update, whose engine calls the loss on the logits too."""
+        size = self._mini_batch_size
+        batch.extra_info.update(
+            distillation_use_topk=True,
+            distillation_only=self._gkd.mode is Mode.GKD,  # no need for the policy's own logprobs
+            mini_batch_size=size,
+            global_batch_size=size,
+        )
+        if self._gkd.selects:
+            # the workers fetch the fields that the batch names
+            batch.fields = write_mini_batch_counts(batch, mini_batch_size=size, num_ranks=self._num_ranks).fields
+        output = self._plain_update_actor(batch)
         metrics = output["metrics"]
         for name in [one for one in metrics if one.startswith(names.ROLLOUT_PROBS)]:
             metrics[name] = metrics[name][:1]  # one value per mini-batch: only the first saw the rollout's weights
         return output
 
-    return update
-
-
-def _collect_teacher_calls(batch: KVBatchMeta) -> list[TeacherCall]:
-    """What the batch's teacher calls cost.
-
-    Raises:
-        GKDError: a response could not be scored.
-    """
-    fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-    # a list, a stack or an array, depending on the queue's backend
-    extras = [getattr(one, "data", one) for one in list(fields["extra_fields"])]
-    errors = [one[TEACHER_ERROR] for one in extras if TEACHER_ERROR in one]
-    if errors:
-        raise GKDError(f"{len(errors)} of {len(extras)} responses could not be scored by the teacher: {errors[0]}")
-    return [TeacherCall(**one[TEACHER_CALL]) for one in extras]
-
-
-def _take_correlation(metrics: dict[str, Any]) -> float | None:
-    """Replace the loss's sums by the correlation that they make."""
-    sums = {name.removeprefix(names.ROLLOUT_PROBS): name for name in metrics if name.startswith(names.ROLLOUT_PROBS)}
-    if not sums:
-        return None
-    return pearson_correlation({short: float(metrics.pop(name)) for short, name in sums.items()})
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
+    ) -> None:
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)  # type: ignore[misc]
+        if self._gkd.mode is Mode.GKD:
+            for name in [one for one in metrics if one.startswith("critic/")]:
+                del metrics[name]  # they describe zeros
+        metrics.update(teacher_metrics(self._calls))
+        metrics[names.SELECT_STRATEGY] = names.STRATEGY_NUMBERS[self._gkd.actor.gkd_select_strategy]
+        metrics[names.IS_ON_POLICY] = float(self._on_policy)
+        sums = {
+            name.removeprefix(names.LOSS_SUMS): float(metrics.pop(name))
+            for name in [one for one in metrics if one.startswith(names.LOSS_SUMS)]
+        }
+        metrics.update({name: value for name, value in loss_metrics(sums).items() if name not in metrics})
 
 
 class GKDTrainerSync(GKDTrainerMixin, PPOTrainerSync):  # type: ignore[misc]
