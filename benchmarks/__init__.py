@@ -1,0 +1,1 @@
+"""Measurements: each writes a JSON file to `benchmarks/results/`. Not part of the tests."""
