@@ -48,8 +48,11 @@ NUM_RESPONSES = 128
 """Per step, of every method: prompts times responses per prompt."""
 RESPONSES_PER_UPDATE = 64
 EVALUATE_EVERY = 2
-STUDENT_SAMPLED_ACCURACY = 0.15
-"""Of the start, at temperature 1: GRPO learns nothing from groups that are all wrong."""
+START_GREEDY_ACCURACY = 0.4
+START_SAMPLED_ACCURACY = 0.15
+"""At temperature 1, at least: GRPO learns nothing from groups that are all wrong."""
+SHARPENING = 4.0
+"""What the start's logits are multiplied by (in its last norm): so early in training it is far less sure than right."""
 LEARNING_RATES = (1e-3, 2e-3)
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
@@ -151,11 +154,9 @@ def prepare(folder: Path, *, steps: int, console: Console) -> Setting:
         write_splits(splits, data)
         training, validation = (encode_rows(rows, build_tokenizer()) for rows in (splits.train, splits.validation))
         with one_thread():
-            for recipe, target in ((TEACHER_RECIPE, folder / TEACHER_FOLDER),):
-                trained = train(recipe, training, validation, seed=0, on_step=lambda _step, _accuracy: None)
-                save_model(trained.model, target)
-            start = _train_start(training, validation)
-            save_model(start, folder / "student_start")
+            teacher = train(TEACHER_RECIPE, training, validation, seed=0, on_step=lambda _step, _accuracy: None)
+            save_model(teacher.model, folder / TEACHER_FOLDER)
+            save_model(_train_start(training, validation), folder / "student_start")
     held_out = encode_rows(read_rows(data / "held_out.parquet"), build_tokenizer())
     validation = encode_rows(read_rows(data / "validation.parquet"), build_tokenizer())
     teacher, student = (_load(folder / name) for name in (TEACHER_FOLDER, "student_start"))
@@ -175,13 +176,19 @@ def prepare(folder: Path, *, steps: int, console: Console) -> Setting:
 
 
 def _train_start(training: EncodedRows, validation: EncodedRows) -> Qwen3ForCausalLM:
-    """Supervised until its SAMPLED answers are right often enough."""
-    for target in range(30, 96, 3):
-        recipe = dataclasses.replace(STUDENT_RECIPE, target_accuracy=target / 100)
-        model = train(recipe, training, validation, seed=0, on_step=lambda _step, _accuracy: None).model
-        if sampled_accuracy(model, validation) >= STUDENT_SAMPLED_ACCURACY:
-            return model
-    raise DemoError("no start samples right answers often enough")
+    """Supervised for a moment, then sharpened: its greedy answers stay, its sampled ones become right often enough.
+
+    Raises:
+        DemoError: they don't.
+    """
+    recipe = dataclasses.replace(STUDENT_RECIPE, target_accuracy=START_GREEDY_ACCURACY)
+    model = train(recipe, training, validation, seed=0, on_step=lambda _step, _accuracy: None).model
+    with torch.no_grad():
+        model.model.norm.weight.mul_(SHARPENING)
+    accuracy = sampled_accuracy(model, validation)
+    if accuracy < START_SAMPLED_ACCURACY:
+        raise DemoError(f"the start samples {accuracy:.1%} right answers, {START_SAMPLED_ACCURACY:.1%} are needed")
+    return model
 
 
 @torch.no_grad()
@@ -346,8 +353,10 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     for identity in dict.fromkeys(tuple(one[key] for key in keys) for one in rows):
         mine = [one for one in rows if tuple(one[key] for key in keys) == identity]
         cells = ["" if value is None else f"{value}" for value in identity]
-        for key in ("steps_to_80", "steps_to_90", "teacher_tokens_to_80", "teacher_tokens_to_90"):
-            cells.append(", ".join("-" if one[key] is None else f"{one[key]:,.0f}" for one in mine))
+        cells += [
+            ", ".join("-" if one[key] is None else f"{one[key]:,.0f}" for one in mine)
+            for key in ("steps_to_80", "steps_to_90", "teacher_tokens_to_80", "teacher_tokens_to_90")
+        ]
         cells.append(", ".join(f"{one['final_accuracy']:.1%}" for one in mine))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
