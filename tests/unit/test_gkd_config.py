@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 import trainer.config
-from trainer.config import GKDConfig, Mode
+from trainer.config import GKDConfig, Mode, check_conflicts
 from trainer.config.gkd import ActorConfig, DataConfig, TeacherConfig, TrainerConfig
 from trainer.errors import ConfigError
 
@@ -30,6 +30,7 @@ def _config(actor: dict[str, Any] | None = None, n: int = 1, **sections: dict[st
 
 
 GKD_ONLY = {"use_teacher_kl_loss": True, "gkd_only_mode": True}
+MIXED = {"trainer.enable_off_policy": True, "trainer.gkd_lambda": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -104,15 +105,73 @@ def test_out_of_range_values_are_refused(actor: dict[str, Any], sections: dict[s
         GKDConfig.read(_config({**GKD_ONLY, **actor}, **sections))
 
 
+GKD_GRPO = {"use_teacher_kl_loss": True}
+
+
+def _check(config: dict[str, Any]) -> None:
+    check_conflicts(GKDConfig.read(config), config)
+
+
 @pytest.mark.parametrize(
-    ("actor", "sections", "message"),
+    ("actor", "n", "changes", "message"),
     [
-        ({"gkd_only_mode": False}, {}, "gkd_only_mode=true"),
-        ({"gkd_select_strategy": "best"}, {}, "gkd_select_strategy=best"),
-        ({}, {"trainer": {"enable_off_policy": True}}, "enable_off_policy=true"),
+        (GKD_GRPO, 4, {"trainer.enable_off_policy": True}, "off-policy data is not supported with GRPO"),
+        ({}, 4, {"trainer.enable_off_policy": True}, "off-policy data is not supported with GRPO"),
+        ({**GKD_ONLY, "gkd_select_strategy": "best"}, 4, {}, "=best ranks responses by reward, and there is none"),
+        ({**GKD_ONLY, "gkd_select_strategy": "worst"}, 4, {}, "=worst ranks responses by reward, and there is none"),
+        ({**GKD_GRPO, "gkd_select_k": 5}, 4, {}, r"gkd_select_k=5 .*rollout\.n=4"),
+        ({**GKD_ONLY, "gkd_select_strategy": "random", "gkd_select_k": 2}, 1, {}, r"gkd_select_k=2 .*rollout\.n=1"),
+        (
+            {**GKD_GRPO, "gkd_select_strategy": "best"},
+            4,
+            {"reward.reward_model.enable": True, "reward.reward_model.enable_resource_pool": False},
+            "reward.reward_model.enable_resource_pool=true",
+        ),
+        ({**GKD_GRPO, "gkd_select_strategy": "random", "shuffle": True}, 4, {}, "actor.shuffle=true"),
+        ({**GKD_ONLY, "use_kl_loss": True}, 1, {}, "actor.use_kl_loss=true"),
+        ({**GKD_ONLY, "entropy_coeff": 0.01}, 1, {}, "actor.entropy_coeff=0.01"),
+        (GKD_ONLY, 1, {"algorithm.use_kl_in_reward": True}, "algorithm.use_kl_in_reward=true"),
+        (GKD_ONLY, 1, {"distillation.enabled": True}, "distillation.enabled=true"),
+        (GKD_ONLY, 1, {**MIXED, "algorithm.filter_groups.enable": True}, "algorithm.filter_groups.enable=true"),
+        (GKD_ONLY, 1, {**MIXED, "data.train_batch_size": 8, "data.gen_batch_size": 4}, "data.gen_batch_size=4"),
+        (
+            GKD_ONLY,
+            1,
+            {**MIXED, "trainer.v1.sampler.sync_refill_failed_groups": True},
+            "sync_refill_failed_groups=true",
+        ),
     ],
 )
-def test_what_is_not_offered_is_refused_at_start(actor: dict[str, Any], sections: dict[str, Any], message: str) -> None:
-    """A key that would be ignored is an error with its remedy."""
+def test_contradictions_are_refused_at_start(
+    actor: dict[str, Any], n: int, changes: dict[str, Any], message: str
+) -> None:
+    """Two keys that can't both be meant, or one that would be ignored: an error with its remedy."""
+    config = _config(actor, n)
+    for key, value in changes.items():
+        OmegaConf.update(nested := OmegaConf.create(config), key, value, force_add=True)
+        config = OmegaConf.to_container(nested)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=message):
-        GKDConfig.read(_config({**GKD_ONLY, **actor}, **sections))
+        _check(config)
+
+
+@pytest.mark.parametrize(
+    ("actor", "n", "sections"),
+    [
+        ({}, 4, {}),
+        ({"use_kl_loss": True, "entropy_coeff": 0.1, "shuffle": True}, 4, {}),
+        (GKD_ONLY, 1, {"trainer": {"enable_off_policy": True, "gkd_lambda": 0.7}, "data": {"off_policy_files": "y"}}),
+        ({**GKD_ONLY, "gkd_select_strategy": "random"}, 2, {}),
+        ({**GKD_GRPO, "shuffle": True, "use_kl_loss": True}, 4, {}),
+        *(({**GKD_GRPO, "gkd_select_strategy": one, "gkd_select_k": 2}, 4, {}) for one in ("random", "best", "worst")),
+    ],
+)
+def test_what_belongs_together_is_let_pass(actor: dict[str, Any], n: int, sections: dict[str, Any]) -> None:
+    """The refusals above refuse nothing else."""
+    _check(_config(actor, n, **sections))
+
+
+def test_modes_follow_the_two_switches() -> None:
+    """use_teacher_kl_loss and gkd_only_mode choose among three modes."""
+    assert GKDConfig.read(_config({"gkd_only_mode": True})).mode is Mode.GRPO
+    assert GKDConfig.read(_config(GKD_ONLY)).mode is Mode.GKD
+    assert GKDConfig.read(_config(GKD_GRPO)).mode is Mode.GKD_GRPO

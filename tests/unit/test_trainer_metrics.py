@@ -5,37 +5,70 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.metrics import TeacherCall, pearson_correlation, teacher_metrics
+from trainer.metrics import LOSS_SUMS, ROLLOUT_PROBS, BatchCalls, TeacherCall, loss_metrics, pearson_correlation
+from trainer.metrics import teacher_metrics as _teacher_metrics
 
 
-def _call(generated_at_s: float, scored_at_s: float, scored_tokens: int, tail_mass: float) -> TeacherCall:
+def _call(asked_at_s: float, scored_at_s: float, scored_tokens: int, tail_mass: float) -> TeacherCall:
     return TeacherCall(
-        generated_at_s=generated_at_s,
+        asked_at_s=asked_at_s,
         scored_at_s=scored_at_s,
-        latency_s=scored_at_s - generated_at_s,
+        latency_s=scored_at_s - asked_at_s,
         scored_tokens=scored_tokens,
         tail_mass=tail_mass,
     )
 
 
+def teacher_metrics(*calls: TeacherCall, num_responses: int = 2, generated_at_s: float = 10.0) -> dict[str, float]:
+    return _teacher_metrics(BatchCalls(calls=calls, num_responses=num_responses, generated_at_s=generated_at_s))
+
+
 def test_only_the_wait_after_the_last_response_counts() -> None:
     """A long call hidden behind generation costs the step nothing; the last answer's delay is what it waits for."""
-    metrics = teacher_metrics([_call(0.0, 9.0, 10, 0.1), _call(10.0, 10.5, 30, 0.5)])
+    metrics = teacher_metrics(_call(0.0, 9.0, 10, 0.1), _call(10.0, 10.5, 30, 0.5))
     assert metrics["timing/teacher_knowledge"] == pytest.approx(0.5)
     assert metrics["timing/teacher_latency/max"] == pytest.approx(9.0)
     assert metrics["timing/teacher_latency/mean"] == pytest.approx(4.75)
 
 
+def test_answers_before_the_last_response_are_not_waited_for() -> None:
+    """The last response was not selected, and all scores were there before it was complete."""
+    assert teacher_metrics(_call(0.0, 9.0, 10, 0.1))["timing/teacher_knowledge"] == 0
+
+
 def test_tokens_add_up_and_weigh_the_tail() -> None:
     """Scored tokens are summed; the tail mass is a mean over tokens, not over responses."""
-    metrics = teacher_metrics([_call(0.0, 1.0, 10, 0.1), _call(0.0, 1.0, 30, 0.5)])
+    metrics = teacher_metrics(_call(0.0, 1.0, 10, 0.1), _call(0.0, 1.0, 30, 0.5))
     assert metrics["gkd/scored_tokens"] == 40
     assert metrics["gkd/teacher_tail_mass"] == pytest.approx(0.4)
 
 
-def test_no_calls_give_no_metrics() -> None:
-    """What was not measured is absent."""
-    assert teacher_metrics([]) == {}
+def test_ratio_counts_responses() -> None:
+    """Two of eight were scored."""
+    calls = (_call(0.0, 1.0, 10, 0.1), _call(0.0, 1.0, 30, 0.5))
+    assert teacher_metrics(*calls, num_responses=8)["gkd/select_ratio"] == 0.25
+
+
+def test_no_calls_give_no_times() -> None:
+    """What was not measured is absent; that nothing was scored is known."""
+    assert teacher_metrics(num_responses=4) == {"gkd/select_ratio": 0.0, "gkd/scored_tokens": 0.0}
+
+
+def test_loss_sums_become_means_over_tokens() -> None:
+    """Any common multiple of the sums gives the same means; without tokens there are none."""
+    sums = {"tokens": 4.0, "gkd/top1_agreement": 3.0, "gkd/teacher_entropy": 2.0, "gkd/student_entropy": 8.0}
+    expected = {"gkd/top1_agreement": 0.75, "gkd/teacher_entropy": 0.5, "gkd/student_entropy": 2.0}
+    assert loss_metrics(sums) == expected
+    assert loss_metrics({name: value / 3 for name, value in sums.items()}) == pytest.approx(expected)
+    assert loss_metrics(dict.fromkeys(sums, 0.0)) == {}
+
+
+def test_loss_sums_hold_the_correlation_too() -> None:
+    """The probabilities' sums travel with the others."""
+    prefix = ROLLOUT_PROBS.removeprefix(LOSS_SUMS)
+    probs = {"n": 2.0, "x": 1.0, "y": 3.0, "xx": 1.0, "yy": 5.0, "xy": 2.0}
+    metrics = loss_metrics({"tokens": 0.0} | {prefix + name: value for name, value in probs.items()})
+    assert metrics == {"training/rollout_actor_probs_pearson_corr": pytest.approx(1.0)}
 
 
 def test_pearson_equals_numpys() -> None:
