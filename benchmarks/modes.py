@@ -55,7 +55,7 @@ START_SAMPLED_ACCURACY = 0.15
 """At temperature 1, at least: GRPO learns nothing from groups that are all wrong."""
 SHARPENING = 4.0
 """What the start's logits are multiplied by (in its last norm): so early in training it is far less sure than right."""
-LEARNING_RATES = (1e-4, 1e-3)
+LEARNING_RATES = (1e-4, 3e-4)
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 SHARES_OF_TEACHER = (0.8, 0.9)
