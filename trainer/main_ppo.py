@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config import GKDConfig, check_conflicts
 from trainer.errors import ConfigError, GKDError
 from trainer.verl_adapter.cpu.environment import apply_config_defaults, set_environment
+from trainer.verl_adapter.defaults import choose_micro_batches
 from trainer.verl_adapter.preflight import preflight
 
 INTERRUPTED = 130
@@ -32,7 +33,7 @@ def main() -> None:
     except SystemExit as exc:
         # Hydra has printed what it could not compose; it never says which key was meant
         if exc.code == 1:
-            _suggest_keys(_user_keys(sys.argv[1:]))
+            _suggest_keys(_user_keys([one for one in sys.argv[1:] if not one.startswith("-")]))
         raise
 
 
@@ -84,6 +85,7 @@ def _compose_and_run(config: DictConfig) -> None:
         if config.trainer.device == "cpu":
             set_environment()
             apply_config_defaults(config, user_keys)
+        choose_micro_batches(config, user_keys)
         resolved = _resolved(config)
         gkd = GKDConfig.read(resolved)
         check_conflicts(gkd, resolved)

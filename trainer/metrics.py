@@ -61,8 +61,8 @@ class TeacherCall:
 class BatchCalls:
     """A batch's responses and what they cost at the teacher."""
 
-    calls: tuple[TeacherCall, ...]
-    """One per scored response."""
+    calls: Mapping[str, TeacherCall]
+    """By the key of each scored response."""
     num_responses: int
     """Scored or not."""
     generated_at_s: float
@@ -71,7 +71,7 @@ class BatchCalls:
 
 def teacher_metrics(batch: BatchCalls) -> dict[str, float]:
     """What a batch's teacher calls amount to; times and masses are absent where nothing was scored."""
-    calls = batch.calls
+    calls = tuple(batch.calls.values())
     tokens = sum(one.scored_tokens for one in calls)
     metrics = {SELECT_RATIO: len(calls) / batch.num_responses, SCORED_TOKENS: float(tokens)}
     if tokens:

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.verl_adapter.cpu import environment
+from trainer.verl_adapter.defaults import choose_micro_batches
 
 
 def _config() -> DictConfig:
@@ -49,7 +50,7 @@ def test_the_user_wins() -> None:
 def test_micro_batches_are_packed_by_tokens_unless_sized() -> None:
     """verl refuses to run without a micro-batch size; packing needs none."""
     config = _config()
-    environment.apply_config_defaults(config, frozenset())
+    choose_micro_batches(config, frozenset())
     assert config.actor_rollout_ref.actor.use_dynamic_bsz is True
 
 
@@ -59,7 +60,7 @@ def test_a_given_micro_batch_size_serves_every_pass() -> None:
     config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu = 4
     config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu = 2
     given = {"actor.ppo_micro_batch_size_per_gpu", "ref.log_prob_micro_batch_size_per_gpu"}
-    environment.apply_config_defaults(config, {f"actor_rollout_ref.{name}" for name in given})
+    choose_micro_batches(config, {f"actor_rollout_ref.{name}" for name in given})
     assert config.actor_rollout_ref.actor.use_dynamic_bsz is False
     assert config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu == 4
     assert config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 2

@@ -20,7 +20,8 @@ def _call(asked_at_s: float, scored_at_s: float, scored_tokens: int, tail_mass: 
 
 
 def teacher_metrics(*calls: TeacherCall, num_responses: int = 2, generated_at_s: float = 10.0) -> dict[str, float]:
-    return _teacher_metrics(BatchCalls(calls=calls, num_responses=num_responses, generated_at_s=generated_at_s))
+    by_key = {f"{number}": call for number, call in enumerate(calls)}
+    return _teacher_metrics(BatchCalls(calls=by_key, num_responses=num_responses, generated_at_s=generated_at_s))
 
 
 def test_only_the_wait_after_the_last_response_counts() -> None:

@@ -30,7 +30,11 @@ def collect_calls(batch: KVBatchMeta) -> BatchCalls:
     if errors:
         raise GKDError(f"{len(errors)} of {len(extras)} responses could not be scored by the teacher: {errors[0]}")
     return BatchCalls(
-        calls=tuple(TeacherCall(**one[TEACHER_CALL]) for one in extras if TEACHER_CALL in one),
+        calls={
+            key: TeacherCall(**one[TEACHER_CALL])
+            for key, one in zip(batch.keys, extras, strict=True)
+            if TEACHER_CALL in one
+        },
         num_responses=len(extras),
         generated_at_s=max(one[GENERATED_AT] for one in extras),
     )

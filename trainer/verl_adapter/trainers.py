@@ -30,7 +30,7 @@ class GKDTrainerMixin:
     actor_rollout_wg: Any
     replay_buffer: Any
     global_steps: int
-    _calls: BatchCalls
+    _calls: BatchCalls | None = None
     _mixed: MixedData | None = None
 
     @cached_property
@@ -164,6 +164,23 @@ class GKDTrainerMixin:
             metrics[name] = metrics[name][:1]  # one value per mini-batch: only the first saw the rollout's weights
         return output
 
+    def _dump_generations(
+        self,
+        inputs: list[str],
+        outputs: list[str],
+        gts: list[Any],
+        scores: list[float],
+        reward_extra_infos_dict: dict[str, list[Any]],
+        dump_path: str,
+    ) -> None:
+        """Write beside each dumped training response how many of its tokens the teacher scored."""
+        keys = reward_extra_infos_dict.get("uid", [])
+        calls = self._calls.calls if self._calls is not None else {}
+        if any(key in calls for key in keys):
+            scored = [calls[key].scored_tokens if key in calls else 0 for key in keys]
+            reward_extra_infos_dict = {**reward_extra_infos_dict, "gkd_scored_tokens": scored}
+        super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)  # type: ignore[misc]
+
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
@@ -171,7 +188,8 @@ class GKDTrainerMixin:
         if self._gkd.mode is Mode.GKD:
             for name in [one for one in metrics if one.startswith("critic/")]:
                 del metrics[name]  # they describe zeros
-        metrics.update(teacher_metrics(self._calls))
+        if self._calls is not None:
+            metrics.update(teacher_metrics(self._calls))
         metrics[names.SELECT_STRATEGY] = names.STRATEGY_NUMBERS[self._gkd.actor.gkd_select_strategy]
         metrics[names.IS_ON_POLICY] = float(self._on_policy)
         sums = {

@@ -48,7 +48,6 @@ CONFIG_DEFAULTS: Mapping[str, object] = {
     "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
     "actor_rollout_ref.rollout.agent.num_workers": 1,
     "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": 16,
-    "actor_rollout_ref.rollout.name": "vllm",
     "actor_rollout_ref.actor.ppo_mini_batch_size": 64,
     "data.train_batch_size": 64,
     "data.dataloader_num_workers": 0,
@@ -79,22 +78,8 @@ def apply_config_defaults(config: DictConfig, user_keys: Set[str]) -> None:
     for key, value in CONFIG_DEFAULTS.items():
         if key not in user_keys:
             OmegaConf.update(config, key, value, force_add=True)
-    _choose_micro_batches(config, user_keys)
     if "ray_kwargs.ray_init.num_gpus" not in user_keys:
         OmegaConf.update(config, "ray_kwargs.ray_init.num_gpus", config.trainer.n_gpus_per_node, force_add=True)
     for name, value in ENVIRONMENT.items():
         key = f"ray_kwargs.ray_init.runtime_env.env_vars.{name}"
         OmegaConf.update(config, key, os.environ.get(name, value), force_add=True)
-
-
-def _choose_micro_batches(config: DictConfig, user_keys: Set[str]) -> None:
-    """Pack by tokens, or use the actor's micro-batch size everywhere: verl refuses to choose one itself."""
-    size_key = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-    if size_key not in user_keys:
-        if "actor_rollout_ref.actor.use_dynamic_bsz" not in user_keys:
-            OmegaConf.update(config, "actor_rollout_ref.actor.use_dynamic_bsz", True)
-        return
-    for section in ("rollout", "ref"):
-        key = f"actor_rollout_ref.{section}.log_prob_micro_batch_size_per_gpu"
-        if key not in user_keys:
-            OmegaConf.update(config, key, OmegaConf.select(config, size_key))
