@@ -2,7 +2,7 @@
 # Pure GRPO, the baseline: no teacher is needed or contacted.
 # Expect actor/pg_loss and critic/score/mean in each step's line and no gkd/ metric; the score hardly moves in 20 steps.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec python3 -m trainer.main_ppo \
+exec python3 -m "$MODULE" \
   --config-path=config \
   --config-name=ppo_trainer \
   actor_rollout_ref.model.path="$MODELS/student_start" \

@@ -2,7 +2,7 @@
 # GKD only: pure distillation on the student's own responses. Needs start_teacher.sh running.
 # Expect actor/teacher_kl_loss to fall from about 2.4 nats per token; no reward, no pg_loss; data/is_on_policy 1.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec python3 -m trainer.main_ppo \
+exec python3 -m "$MODULE" \
   --config-path=config \
   --config-name=ppo_trainer \
   actor_rollout_ref.model.path="$MODELS/student_start" \

@@ -3,7 +3,7 @@
 # Needs start_teacher.sh running.
 # Expect data/is_on_policy 1 1 1 0 1 1 0 1 1 0 and so on, and a lower actor/teacher_kl_loss in the off-policy steps.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec python3 -m trainer.main_ppo \
+exec python3 -m "$MODULE" \
   --config-path=config \
   --config-name=ppo_trainer \
   actor_rollout_ref.model.path="$MODELS/student_start" \

@@ -3,7 +3,7 @@
 # running.
 # Expect actor/loss = actor/pg_loss + 0.5 * actor/teacher_kl_loss and gkd/select_ratio 1.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec python3 -m trainer.main_ppo \
+exec python3 -m "$MODULE" \
   --config-path=config \
   --config-name=ppo_trainer \
   actor_rollout_ref.model.path="$MODELS/student_start" \

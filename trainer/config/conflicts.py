@@ -8,6 +8,8 @@ from typing import Any
 from trainer.config.gkd import REWARD_STRATEGIES, GKDConfig, Mode
 from trainer.errors import ConfigError
 
+STRATEGIES = ("fsdp", "fsdp2")
+"""Training engines that the distillation loss works with."""
 _ABSENT = object()
 
 
@@ -29,6 +31,12 @@ def check_conflicts(gkd: GKDConfig, config: Mapping[str, Any]) -> None:
         )
     if gkd.mode is Mode.GRPO:
         return
+    strategy = _select(config, "actor_rollout_ref.actor.strategy")
+    if strategy not in (_ABSENT, *STRATEGIES):
+        raise ConfigError(
+            f"actor_rollout_ref.actor.strategy={strategy}: the distillation loss reads whole rows of logits, and this "
+            f"engine splits the vocabulary over ranks; use {' or '.join(STRATEGIES)}"
+        )
     _check_selection(gkd, config)
     _refuse(config, "distillation.enabled", True, "its teacher and this one would both act; set it to false")
     if gkd.mode is Mode.GKD:

@@ -39,7 +39,8 @@ def _to_verl_row(
     if "data_source" not in row:
         added["data_source"] = DATA_SOURCE
     if "reward_model" not in row and answer_key in row:
-        added["reward_model"] = {"style": "rule", "ground_truth": str(row[answer_key])}
+        answer = row[answer_key]
+        added["reward_model"] = {"style": "rule", "ground_truth": None if answer is None else str(answer)}
     if "extra_info" not in row:
         added["extra_info"] = {"index": index}
     return added

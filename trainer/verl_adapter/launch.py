@@ -40,8 +40,8 @@ def launch(config: DictConfig, run: CheckedRun, user_keys: Set[str]) -> None:
     Raises:
         GKDError: training failed for a reason that this project names.
     """
-    _hand_over(config, run)
-    with _own_ray_folder(config, user_keys):
+    hand_over(config, run)
+    with own_ray_folder(config, user_keys):
         auto_set_device(config)
         validate_config(config, need_reference_policy(config), need_critic(config))
         try:
@@ -50,7 +50,7 @@ def launch(config: DictConfig, run: CheckedRun, user_keys: Set[str]) -> None:
             ray.shutdown()
 
 
-def _hand_over(config: DictConfig, run: CheckedRun) -> None:
+def hand_over(config: DictConfig, run: CheckedRun) -> None:
     """Take our keys out of the sections that verl instantiates, and name our classes where verl looks for its own."""
     gkd = run.gkd
     with open_dict(config):
@@ -79,7 +79,7 @@ def _validates(config: DictConfig) -> bool:
 
 
 @contextmanager
-def _own_ray_folder(config: DictConfig, user_keys: Set[str]) -> Iterator[None]:
+def own_ray_folder(config: DictConfig, user_keys: Set[str]) -> Iterator[None]:
     """On a single machine, run Ray apart from any other Ray on it, in a folder that is removed afterwards."""
     if config.trainer.device != "cpu" or "ray_kwargs.ray_init.address" in user_keys:
         yield
