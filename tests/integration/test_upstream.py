@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,3 +185,23 @@ def test_hydra_hands_the_callback_the_configuration_that_it_runs() -> None:
 
     source = inspect.getsource(Hydra.run)
     assert source.index("callbacks.on_run_start(config=cfg") < source.index("run_job(")
+
+
+def test_runs_on_one_machine_have_sockets_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """verl names its weight-transfer sockets by Ray's job id, the same in every local Ray; both ends are moved."""
+    import tempfile
+
+    from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+    from verl.workers.rollout.vllm_rollout import ServerAdapter
+    from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+    from trainer.verl_adapter.cpu.rollout import CPUServerAdapter, CPUWorkerExtension, own_handle
+
+    assert ("vllm", "async") in _ROLLOUT_REGISTRY
+    name = "ipc:///tmp/rl-colocate-zmq-{job_id}-replica-"
+    assert name in inspect.getsource(ServerAdapter.__init__)
+    assert name in inspect.getsource(vLLMColocateWorkerExtension._get_zmq_handle)
+    assert "own_handle" in inspect.getsource(CPUServerAdapter.__init__)
+    assert "own_handle" in inspect.getsource(CPUWorkerExtension._get_zmq_handle)
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}")
+    assert own_handle("ipc:///tmp/rl-colocate-zmq-1.sock") == f"ipc://{tmp_path}/rl-colocate-zmq-1.sock"

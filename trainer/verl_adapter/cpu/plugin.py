@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from trainer.verl_adapter.cpu import platform as _platform  # noqa: F401  # its decorator registers the platform
@@ -22,3 +23,4 @@ install_vllm_alias()
 apply_patches()
 request_amx()
 RolloutReplicaRegistry.register("vllm", _load_replica)
+_ROLLOUT_REGISTRY["vllm", "async"] = "trainer.verl_adapter.cpu.rollout.CPUServerAdapter"

@@ -8,12 +8,14 @@ rollout would go on with stale weights, and nothing would say so.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 import torch
+from verl.workers.rollout.vllm_rollout import ServerAdapter
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
@@ -56,8 +58,20 @@ def _quiet_about(layers: tuple[str, ...]) -> Iterator[None]:
         layerwise.logger.removeFilter(is_news)
 
 
+def own_handle(zmq_handle: str) -> str:
+    """verl's weight-transfer socket, in this run's folder for temporary files.
+
+    verl tells the sockets of two runs on one machine apart by Ray's job id, which is 01000000 in every local Ray: a run
+    would take another's weights, or wait for ever.
+    """
+    return zmq_handle.replace("ipc:///tmp/", f"ipc://{tempfile.gettempdir()}/", 1)
+
+
 class CPUWorkerExtension(vLLMColocateWorkerExtension):  # type: ignore[misc]  # verl carries no types
     """Receives weights from the trainer and reloads them as vLLM on a CPU allows."""
+
+    def _get_zmq_handle(self) -> str:
+        return own_handle(super()._get_zmq_handle())
 
     def update_weights_from_ipc(
         self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
@@ -76,6 +90,14 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):  # type: ignore[misc]  # 
             zmq_handle=self._get_zmq_handle(), device=torch.device("cpu"), use_shm=use_shm
         ).receive_weights(keep)
         reload_weights(self.model_runner, received)
+
+
+class CPUServerAdapter(ServerAdapter):  # type: ignore[misc]
+    """verl's sender of weights, on the socket of `own_handle`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # verl's signature, passed on whole
+        super().__init__(*args, **kwargs)
+        self.zmq_handle = own_handle(self.zmq_handle)
 
 
 class CPUHttpServer(vLLMHttpServer):  # type: ignore[misc]
