@@ -97,7 +97,7 @@ class CPUServerAdapter(ServerAdapter):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # verl's signature, passed on whole
         super().__init__(*args, **kwargs)
-        self.zmq_handle = own_handle(self.zmq_handle)
+        self.zmq_handle: str = own_handle(self.zmq_handle)
 
 
 class CPUHttpServer(vLLMHttpServer):  # type: ignore[misc]
