@@ -342,6 +342,7 @@ def test_student_that_is_its_own_teacher_stays_where_it_is(workspace: Workspace)
         f"{ACTOR}.fsdp_config.model_dtype": "fp32",
         f"{ACTOR}.optim.optimizer": "SGD",
         f"{ACTOR}.optim.lr": 0.1,
+        f"{ACTOR}.optim.weight_decay": 0.0,
         "++" + f"{ACTOR}.optim.betas": "null",
         f"{ACTOR}.checkpoint.save_contents": "[hf_model]",
         "trainer.save_freq": 3,
