@@ -32,6 +32,12 @@ REWARD = {
     "reward.custom_reward_function.path": ROOT / "tests" / "support" / "rewards.py",
     "reward.custom_reward_function.name": "compute_score",
 }
+SGD = {
+    f"{ACTOR}.optim.optimizer": "SGD",
+    f"{ACTOR}.optim.lr": 0.1,
+    f"{ACTOR}.optim.weight_decay": 0.0,
+    f"++{ACTOR}.optim.betas": "null",
+}
 IDENTITY_FLOOR = 1e-5
 """Nats per token between a float32 student and itself as teacher: what two implementations of one model may differ."""
 
@@ -132,8 +138,9 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
             "extra_info": [{"index": index} for index in range(len(rows))],
         }
     ).to_parquet(verl_shaped)
-    # one mini-batch, in float32: verl deals responses out in the order in which they arrive, another in each run
-    one_order = {f"{ACTOR}.ppo_mini_batch_size": BATCH_SIZE, f"{ACTOR}.fsdp_config.dtype": "float32"}
+    # one mini-batch, in float32: verl deals responses out in the order in which they arrive, another in each run; and
+    # Adam would make steps of the rounding errors
+    one_order = {f"{ACTOR}.ppo_mini_batch_size": BATCH_SIZE, f"{ACTOR}.fsdp_config.dtype": "float32", **SGD}
     replay = {**REWARD, **_agent_loops(workspace.folder), **one_order, "data.train_files": verl_shaped}
     ours = _start(workspace, "1_grpo", nobody, replay, name="grpo_replayed", num_steps=3)
     [real_steps, our_steps] = _finish(workspace, real, ours)
@@ -148,7 +155,6 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
         "data.max_response_length": 8,
         f"{ROLLOUT}.n": 4,
         f"{ROLLOUT}.max_model_len": 32,
-        f"{ACTOR}.optim.lr": 1e-3,
         f"{ACTOR}.use_dynamic_bsz": "true",
         "algorithm.adv_estimator": "grpo",
         "actor_rollout_ref.model.path": workspace.folder / "student_start",
@@ -177,8 +183,7 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
         assert not [name for name in step if name.startswith(("gkd/", "data/")) or "teacher" in name]
     for mine, verls in zip(our_steps, plain_steps, strict=True):
         for name in ("critic/score/mean", "critic/score/max", "critic/score/min", "actor/pg_loss", "actor/grad_norm"):
-            assert mine[name] == pytest.approx(verls[name], rel=1e-3, abs=1e-6), name
-    assert our_steps[0]["actor/pg_loss"] == pytest.approx(plain_steps[0]["actor/pg_loss"], rel=1e-5)
+            assert mine[name] == pytest.approx(verls[name], rel=1e-4, abs=1e-6), name
     assert len({step["critic/score/mean"] for step in our_steps}) > 1
     assert all(step["actor/grad_norm"] > 0 for step in our_steps)
 
@@ -340,10 +345,7 @@ def test_student_that_is_its_own_teacher_stays_where_it_is(workspace: Workspace)
         "actor_rollout_ref.teacher.num_logprobs": 16,
         f"{ACTOR}.fsdp_config.dtype": "float32",
         f"{ACTOR}.fsdp_config.model_dtype": "fp32",
-        f"{ACTOR}.optim.optimizer": "SGD",
-        f"{ACTOR}.optim.lr": 0.1,
-        f"{ACTOR}.optim.weight_decay": 0.0,
-        "++" + f"{ACTOR}.optim.betas": "null",
+        **SGD,
         f"{ACTOR}.checkpoint.save_contents": "[hf_model]",
         "trainer.save_freq": 3,
     }
