@@ -182,8 +182,10 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
     for step in real_steps:
         assert not [name for name in step if name.startswith(("gkd/", "data/")) or "teacher" in name]
     for mine, verls in zip(our_steps, plain_steps, strict=True):
-        for name in ("critic/score/mean", "critic/score/max", "critic/score/min", "actor/pg_loss", "actor/grad_norm"):
+        for name in ("critic/score/mean", "critic/score/max", "critic/score/min", "actor/pg_loss"):
             assert mine[name] == pytest.approx(verls[name], rel=1e-4, abs=1e-6), name
+        # a norm in bfloat16 arithmetic, whose packing follows the order of arrival
+        assert mine["actor/grad_norm"] == pytest.approx(verls["actor/grad_norm"], rel=1e-2)
     assert len({step["critic/score/mean"] for step in our_steps}) > 1
     assert all(step["actor/grad_norm"] > 0 for step in our_steps)
 
