@@ -33,6 +33,7 @@ from examples.sort_digits.interrupts import Interrupts
 from examples.sort_digits.models import build_tokenizer, save_model
 from examples.sort_digits.pretrain import (
     DATA_FOLDER,
+    STUDENT_FOLDER,
     STUDENT_RECIPE,
     TEACHER_FOLDER,
     TEACHER_RECIPE,
@@ -145,23 +146,23 @@ class Setting:
     @property
     def student(self) -> Path:
         """Where every run starts."""
-        return self.folder / "student_start"
+        return self.folder / STUDENT_FOLDER
 
 
 def prepare(folder: Path, *, steps: int, console: Console) -> Setting:
     """Make data and models, unless an earlier call did, and measure where both models stand."""
     data = folder / DATA_FOLDER
-    if not (folder / "student_start").is_dir():
+    if not (folder / STUDENT_FOLDER).is_dir():
         splits = make_splits(TaskConfig())
         write_splits(splits, data)
         training, validation = (encode_rows(rows, build_tokenizer()) for rows in (splits.train, splits.validation))
         with one_thread():
             teacher = train(TEACHER_RECIPE, training, validation, seed=0, on_step=lambda _step, _accuracy: None)
             save_model(teacher.model, folder / TEACHER_FOLDER)
-            save_model(_train_start(training, validation), folder / "student_start")
+            save_model(_train_start(training, validation), folder / STUDENT_FOLDER)
     held_out = encode_rows(read_rows(data / "held_out.parquet"), build_tokenizer())
     validation = encode_rows(read_rows(data / "validation.parquet"), build_tokenizer())
-    teacher, student = (_load(folder / name) for name in (TEACHER_FOLDER, "student_start"))
+    teacher, student = (_load(folder / name) for name in (TEACHER_FOLDER, STUDENT_FOLDER))
     setting = Setting(
         folder=folder,
         validation=validation,
@@ -398,20 +399,10 @@ def main(
         results = run_jobs(
             jobs, setting, endpoint=endpoint, supervisor=supervisor, num_parallel=parallel, console=console
         )
-    rows = [row(job, evaluations, setting) for job, evaluations in results.items()]
-    rows.sort(key=lambda one: [job.method for job in jobs].index(_method_of(one)))
+    rows = [row(job, results[job], setting) for job in jobs]
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(rows, indent=1) + "\n")
     console.print(table(rows), highlight=False, soft_wrap=True)
-
-
-def _method_of(one: Mapping[str, object]) -> Method:
-    return next(
-        method
-        for method in METHODS
-        if (method.mode, method.select_strategy, method.gkd_lambda)
-        == (one["mode"], one["select_strategy"], one["gkd_lambda"])
-    )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ def split_questions(questions: Iterable[str], *, on_policy_share: float, seed: i
         return hashlib.sha256(f"{seed}|{question}".encode()).digest()
 
     ranked = sorted(set(questions), key=rank)
-    share = Fraction(on_policy_share).limit_denominator(_LARGEST_DENOMINATOR)
-    return frozenset(ranked[: round(share * len(ranked))])
+    return frozenset(ranked[: round(_exact(on_policy_share) * len(ranked))])
+
+
+def _exact(share: float) -> Fraction:
+    return Fraction(share).limit_denominator(_LARGEST_DENOMINATOR)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,10 +116,14 @@ class BatchSchedule:
         """Steps that use every row of both pools once, but for rests shorter than a batch."""
         return sum(pool.batches_per_pass for pool in (self.on_policy, self.off_policy) if pool is not None)
 
+    def is_on_policy(self, step: int) -> bool:
+        """Whether the student writes the responses of a step, counted from 1. Draws no rows."""
+        return self._on_policy_steps(step) > self._on_policy_steps(step - 1)
+
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 1."""
-        before, upto = self._on_policy_steps(step - 1), self._on_policy_steps(step)
-        if self.on_policy is not None and upto > before:
+        before = self._on_policy_steps(step - 1)
+        if self.on_policy is not None and self.is_on_policy(step):
             return Batch(on_policy=True, rows=self.on_policy.batch(before))
         if self.off_policy is None:
             raise ConfigError(f"step {step} is off-policy, but there is no off-policy data")
@@ -124,7 +131,7 @@ class BatchSchedule:
 
     def _on_policy_steps(self, step: int) -> int:
         """On-policy steps among the first `step`."""
-        share = Fraction(self.on_policy_share).limit_denominator(_LARGEST_DENOMINATOR)
+        share = _exact(self.on_policy_share)
         if self.on_policy is None or share == 0:
             return 0
         if self.off_policy is None or share == 1:

@@ -65,6 +65,7 @@ class MixedData:
         shuffle_seed = DEFAULT_SHUFFLE_SEED if data.get("seed") is None else int(data.seed)
         pool = partial(Pool, seed=shuffle_seed, shuffle=bool(data.shuffle))
         on_batch, off_batch = data.train_batch_size, gkd.data.off_policy_batch_size or data.train_batch_size
+        self._batch_sizes: dict[bool, int] = {True: on_batch, False: off_batch}
         on_rows, off_rows = len(self._on_policy_rows), len(self._off_policy_rows)
         self.schedule = BatchSchedule(
             on_policy_share=share,
@@ -80,11 +81,11 @@ class MixedData:
 
     def is_on_policy(self, step: int) -> bool:
         """Whether the student writes the responses of a step, counted from 1."""
-        return self.schedule.batch(step).on_policy
+        return self.schedule.is_on_policy(step)
 
     def batch_size(self, step: int) -> int:
         """Prompts of a step."""
-        return len(self.schedule.batch(step).rows)
+        return self._batch_sizes[self.is_on_policy(step)]
 
     def fetch(self, step: int) -> TensorDict:
         """The step's batch, as verl's dataloader would give it."""
