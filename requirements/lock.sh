@@ -14,7 +14,7 @@ compile() {
 
 compile requirements/tools.in --output-file requirements/tools.lock "$@"
 compile pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
-    --no-emit-package gkd --no-emit-package torch --no-emit-package triton \
+    --no-emit-package gkd --no-emit-package torch \
     --output-file requirements/cpu.lock "$@"
 python3 - requirements/cpu.lock <<'PY'
 import pathlib

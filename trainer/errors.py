@@ -25,6 +25,10 @@ class ShapeError(GKDError, ValueError):
     """Two arrays that must agree in shape don't."""
 
 
+class NumericsError(GKDError, ArithmeticError):
+    """A number that must be finite is not."""
+
+
 class TeacherRequestError(GKDError, ValueError):
     """The arguments of a teacher call are out of range; nothing was sent."""
 

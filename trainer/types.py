@@ -6,8 +6,16 @@ Legend: S scored positions, K top-k entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from protos.arrays import ScoreArrays
+
+TopKDivergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+"""Divergences of a student's logits from a teacher's top-k."""
+Distillation = TopKDivergence | Literal["policy_gradient"]
+"""What teaches: a divergence's gradient, or the sampled tokens' advantage."""
+Tail = Literal["bucket", "renormalize", "none"]
+"""What becomes of the probability outside the top-k: one more event, left out by conditioning, or left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

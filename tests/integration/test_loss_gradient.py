@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-from asyncio.subprocess import PIPE, STDOUT
 from pathlib import Path
 
 import pytest
@@ -16,37 +13,10 @@ from transformers import AutoModelForCausalLM
 from examples.sort_digits.models import STUDENT_SIZE, build_model, save_model
 from tests.support import engine_gradient
 from tests.support.engine_gradient import NUM_ROWS, cases, make_rows
+from tests.support.ranks import run_ranks
 
-TIMEOUT_S = 240.0
 COEFFICIENT, CLIP, DUAL_CLIP = 0.5, 0.2, 3.0
 Gradients = dict[str, Tensor]
-
-
-async def _run_ranks(model: Path, folder: Path, world_size: int) -> Gradients:
-    output = folder / f"{world_size}.pt"
-    environment = os.environ | {
-        "WORLD_SIZE": f"{world_size}",
-        "DIST_INIT_METHOD": f"file://{folder}/rendezvous-{world_size}",
-        "PYTHONPATH": f"{Path(engine_gradient.__file__).parents[2]}",
-    }
-    command = [sys.executable, "-m", engine_gradient.__name__, f"{model}", f"{output}"]
-    ranks = [
-        await asyncio.create_subprocess_exec(
-            *command, stdout=PIPE, stderr=STDOUT, cwd=folder, env=environment | {"RANK": f"{rank}"}
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        said = await asyncio.wait_for(asyncio.gather(*(one.communicate() for one in ranks)), TIMEOUT_S)
-    finally:
-        for one in ranks:
-            if one.returncode is None:
-                one.kill()
-                await one.wait()
-    for one, (text, _) in zip(ranks, said, strict=True):
-        assert one.returncode == 0, text.decode()[-3000:]
-    gradients: Gradients = torch.load(output)
-    return gradients
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +82,12 @@ async def test_gradient_is_that_of_the_formulas_on_any_ranks_and_micro_batches(m
     For distillation alone and with GRPO, averaged over tokens and over sequences. 1e-5 of the gradient's largest
     entry, in float32.
     """
-    one, two = await asyncio.gather(*(_run_ranks(model, tmp_path, world_size) for world_size in (1, 2)))
+    one, two = await asyncio.gather(
+        *(
+            run_ranks(engine_gradient.__name__, f"{model}", folder=tmp_path, world_size=world_size)
+            for world_size in (1, 2)
+        )
+    )
     naive = _naive(model)
     assert one.keys() == two.keys()
     for name, grpo, mode, num_micro_batches in cases():

@@ -133,6 +133,7 @@ def main() -> None:
             loss_agg_mode=mode,
             loss_scale_factor=None,
             rollout_temperature=1.0,
+            student_vocab_rows=V,
             policy=policy if grpo else None,
         )
         with engine.train_mode():

@@ -135,7 +135,7 @@ def test_id_beyond_the_students_vocabulary_is_refused() -> None:
 def test_shapes_must_agree() -> None:
     """S and K must agree between the arguments."""
     student, _ = _pair(seed=10)
-    with pytest.raises(ShapeError, match=r"must be \[S, V\], \[S, K\] and \[S, K\]"):
+    with pytest.raises(ShapeError, match=r"must both be \[S, K\], for 7 rows of student_logits"):
         topk_divergence(student, torch.zeros(S + 1, 2, dtype=torch.int32), torch.zeros(S + 1, 2))
     with pytest.raises(ShapeError, match="log_tail_mass"):
         topk_divergence(student, torch.zeros(S, 2, dtype=torch.int32), torch.zeros(S, 2), log_tail_mass=torch.zeros(2))

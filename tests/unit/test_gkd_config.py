@@ -128,7 +128,7 @@ def _check(config: dict[str, Any]) -> None:
             "reward.reward_model.enable_resource_pool=true",
         ),
         ({**GKD_GRPO, "gkd_select_strategy": "random", "shuffle": True}, 4, {}, "actor.shuffle=true"),
-        ({**GKD_ONLY, "strategy": "megatron"}, 1, {}, "actor.strategy=megatron.* use fsdp or fsdp2"),
+        ({**GKD_ONLY, "strategy": "veomni"}, 1, {}, "actor.strategy=veomni.* use fsdp, fsdp2, megatron"),
         ({**GKD_ONLY, "use_kl_loss": True}, 1, {}, "actor.use_kl_loss=true"),
         ({**GKD_ONLY, "entropy_coeff": 0.01}, 1, {}, "actor.entropy_coeff=0.01"),
         (GKD_ONLY, 1, {"algorithm.use_kl_in_reward": True}, "algorithm.use_kl_in_reward=true"),

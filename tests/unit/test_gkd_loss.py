@@ -22,6 +22,7 @@ def _loss(coefficient: float = 1.0, rollout_temperature: float = 1.0, loss_agg_m
         loss_agg_mode=loss_agg_mode,
         loss_scale_factor=None,
         rollout_temperature=rollout_temperature,
+        student_vocab_rows=V,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config.gkd import REWARD_STRATEGIES, GKDConfig, Mode
 from trainer.errors import ConfigError
 
-STRATEGIES = ("fsdp", "fsdp2")
+STRATEGIES = ("fsdp", "fsdp2", "megatron")
 """Training engines that the distillation loss works with."""
 _ABSENT = object()
 
@@ -34,10 +34,15 @@ def check_conflicts(gkd: GKDConfig, config: Mapping[str, Any]) -> None:
     strategy = _select(config, "actor_rollout_ref.actor.strategy")
     if strategy not in (_ABSENT, *STRATEGIES):
         raise ConfigError(
-            f"actor_rollout_ref.actor.strategy={strategy}: the distillation loss reads whole rows of logits, and this "
-            f"engine splits the vocabulary over ranks; use {' or '.join(STRATEGIES)}"
+            f"actor_rollout_ref.actor.strategy={strategy}: how this engine lays out its logits is not known to the "
+            f"distillation loss; use {', '.join(STRATEGIES)}"
         )
     _check_selection(gkd, config)
+    if gkd.teaches_by_advantages:
+        _check_advantages(gkd, config)
+    else:
+        why = "fused kernels never hold the logits, which the distillation loss compares; set it to false"
+        _refuse(config, "actor_rollout_ref.model.use_fused_kernels", True, why)
     _refuse(config, "distillation.enabled", True, "its teacher and this one would both act; set it to false")
     if gkd.mode is Mode.GKD:
         why = "the loss is the distillation term alone with gkd_only_mode=true; {remedy}, or set gkd_only_mode=false"
@@ -57,6 +62,22 @@ def check_conflicts(gkd: GKDConfig, config: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"data.gen_batch_size={_select(config, 'data.gen_batch_size')}: " + why.format("set it to null")
             )
+
+
+def _check_advantages(gkd: GKDConfig, config: Mapping[str, Any]) -> None:
+    key = "actor_rollout_ref.actor.gkd_divergence=policy_gradient"
+    if gkd.mixes_off_policy:
+        raise ConfigError(
+            f"{key} learns from the student's own samples, and trainer.gkd_lambda={gkd.trainer.gkd_lambda} mixes in "
+            "answers that it did not sample; set trainer.enable_off_policy=false, or choose a divergence"
+        )
+    sampling = _select(config, "actor_rollout_ref.rollout.temperature")
+    if gkd.actor.teacher_kl_temperature != sampling:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.teacher_kl_temperature={gkd.actor.teacher_kl_temperature}: {key} compares both "
+            f"models' logprobs of the sampled tokens at the temperature of sampling; set it to "
+            f"actor_rollout_ref.rollout.temperature, {sampling}"
+        )
 
 
 def _check_selection(gkd: GKDConfig, config: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from trainer.errors import ConfigError
+from trainer.types import Distillation, Tail, TopKDivergence
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,10 +48,25 @@ class ActorConfig(BaseModel):
     """Which of a prompt's n responses the teacher scores."""
     gkd_select_k: PositiveInt = 1
     """How many of them, for random, best and worst."""
-    gkd_divergence: Literal["forward_kl"] = "forward_kl"
-    """Which divergence."""
-    gkd_tail: Literal["bucket"] = "bucket"
+    gkd_divergence: Distillation = "forward_kl"
+    """Which divergence, or policy_gradient."""
+    gkd_beta: float = Field(default=0.5, ge=0, le=1)
+    """The teacher's share of jsd's mixture: 0 is forward_kl, 1 is reverse_kl."""
+    gkd_skew_alpha: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a skewed KL's first argument in its second."""
+    gkd_tail: Tail = "bucket"
     """What becomes of the probability outside the top-k."""
+
+    @property
+    def topk_divergence(self) -> TopKDivergence:
+        """The divergence whose gradient teaches.
+
+        Raises:
+            ConfigError: with policy_gradient there is none.
+        """
+        if self.gkd_divergence == "policy_gradient":
+            raise ConfigError("gkd_divergence=policy_gradient teaches by advantages, not by a divergence's gradient")
+        return self.gkd_divergence
 
 
 class TeacherConfig(BaseModel):
@@ -144,6 +160,11 @@ class GKDConfig(BaseModel):
     def selects(self) -> bool:
         """Whether some responses may go unscored."""
         return self.mode is not Mode.GRPO and self.actor.gkd_select_strategy != "all"
+
+    @property
+    def teaches_by_advantages(self) -> bool:
+        """Whether the teacher acts through the policy gradient, not through a divergence of its own."""
+        return self.mode is not Mode.GRPO and self.actor.gkd_divergence == "policy_gradient"
 
     @property
     def request_temperature(self) -> float:

@@ -1,17 +1,13 @@
-"""Divergences between a student's logits and a teacher's top-k.
-
-Legend: S scored positions, K top-k entries, V vocabulary rows of the student.
-"""
+"""The public divergence of a student's logits from a teacher's top-k."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trainer.errors import ShapeError
-
-DIVERGENCES = ("forward_kl",)
-TAILS = ("bucket",)
+from trainer.losses.comparison import compare
+from trainer.losses.forms import DivergenceForm, TopK
+from trainer.types import Tail, TopKDivergence
 
 
 def topk_divergence(
@@ -19,84 +15,51 @@ def topk_divergence(
     topk_token_ids: Tensor,
     topk_logprobs: Tensor,
     *,
-    divergence: str = "forward_kl",
+    divergence: TopKDivergence = "forward_kl",
+    beta: float = 0.5,
+    skew_alpha: float = 0.1,
     temperature: float = 1.0,
-    tail: str = "bucket",
+    tail: Tail = "bucket",
     log_tail_mass: Tensor | None = None,
 ) -> Tensor:
     """Per-position divergence in nats, float32 `[S]`, differentiable in `student_logits`.
 
-    forward_kl with the bucket tail is KL(teacher || student) of the two distributions coarsened to K + 1 events,
-    the K tokens and "any other":
+    With `tail="bucket"` both sides are coarsened to K + 1 events, the K tokens and "any other", and the divergence is
+    that of the events. All five are f-divergences, so by the data-processing inequality the result is a lower bound of
+    the full-vocabulary divergence, which grows with K and is reached at K = V. It is >= 0 by construction and 0 only
+    where the events agree; its gradient reaches every logit, which keeps mass from gathering outside the top-k.
+    `renormalize` conditions both sides on the K tokens (blind to the mass outside them), `none` sums over the K tokens
+    what the full-vocabulary sum holds there (not a divergence: it can be negative, and a reverse KL of it drives the
+    student away from its teacher).
 
-        sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)
+    forward_kl is sum p log(p/q), p the teacher's; see `trainer.losses.events.kl_terms` for all formulas and their
+    sources. Nothing is multiplied by the squared temperature: the gradient shrinks with 1/T as Hinton et al. 2015
+    (arXiv 1503.02531), section 2, say, and the T^2 that they put before it belongs into the coefficient.
 
-    By the data-processing inequality it is a lower bound of the full-vocabulary KL, and it is >= 0. Its gradient
-    reaches every logit: the tail keeps the student from gathering mass outside the teacher's top-k.
+    A logit or a teacher logprob of -inf is probability 0. Where its logarithm would make the result infinite it is read
+    as that of the smallest normal number (-87.3 nats in float32), as a constant: no gradient reaches a logit of -inf.
 
-    Source: Agarwal et al. 2024 (GKD, arXiv 2306.13649), eq. 2, for the divergence.
+    Memory beyond the logits and their gradient: one block of rows in float32 and a few `[S, K]`; the gradient is
+    written once, in the logits' type.
 
     Args:
         student_logits: `[S, V]`, any float type; the arithmetic is float32 (float64 for float64 logits).
-        topk_token_ids: `[S, K]` integers in [0, V).
+        topk_token_ids: `[S, K]` integers in [0, V), distinct within a row.
         topk_logprobs: `[S, K]` nats, of the teacher's full softmax at the same temperature.
-        divergence: which divergence.
-        temperature: divides the student's logits before the softmax. The result is not multiplied by its square.
-        tail: `bucket`: one event for everything outside the top-k.
+        divergence: forward_kl, reverse_kl, jsd, skew_forward_kl or skew_reverse_kl.
+        beta: the teacher's share of jsd's mixture; 0 is forward_kl and 1 is reverse_kl.
+        skew_alpha: share of a skewed KL's first argument in its second.
+        temperature: divides the student's logits before the softmax.
+        tail: bucket, renormalize or none.
         log_tail_mass: `[S]` nats, the teacher's log-probability outside the top-k, -inf where there is none.
-            None: one minus the sum of the top-k.
+            None: one minus the sum of the top-k; where rounding leaves that below the type's resolution, the tail is
+            taken to be what lies within the resolution and nearest to the student's.
 
     Raises:
         ShapeError: S or K differ between the arguments.
-        ValueError: a token id is outside [0, V), temperature is not > 0, or the form is unknown.
+        ValueError: a token id is outside [0, V), a parameter is out of its range, or the form is unknown.
     """
-    _check(student_logits, topk_token_ids, topk_logprobs, log_tail_mass, temperature)
-    if divergence not in DIVERGENCES or tail not in TAILS:
-        raise ValueError(
-            f"divergence={divergence!r} with tail={tail!r} is unknown; known are {DIVERGENCES} with {TAILS}"
-        )
-    logits_SV = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32)) / temperature
-    teacher_SK = topk_logprobs.to(logits_SV.dtype)
-    if log_tail_mass is None:
-        log_tail_mass = torch.log((1.0 - teacher_SK.exp().sum(-1)).clamp_min(0.0))
-    teacher_tail_S = log_tail_mass.to(logits_SV.dtype)
-
-    ids_SK = topk_token_ids.long()
-    log_normaliser_S = logits_SV.logsumexp(-1)
-    student_SK = logits_SV.gather(-1, ids_SK) - log_normaliser_S.unsqueeze(-1)
-    student_tail_S = _log_mass_outside(logits_SV, ids_SK) - log_normaliser_S
-
-    support_S = (teacher_SK.exp() * (teacher_SK - student_SK)).sum(-1)
-    return support_S + _tail_term(teacher_tail_S, student_tail_S)
-
-
-def _log_mass_outside(logits_SV: Tensor, ids_SK: Tensor) -> Tensor:
-    """Logsumexp `[S]` of the logits outside the given ids; finite even where there are none (a gradient of zero)."""
-    if ids_SK.shape[-1] == logits_SV.shape[-1]:
-        return torch.zeros_like(logits_SV[:, 0])
-    return logits_SV.scatter(-1, ids_SK, -torch.inf).logsumexp(-1)
-
-
-def _tail_term(teacher_tail_S: Tensor, student_tail_S: Tensor) -> Tensor:
-    """p_tail (log p_tail - log q_tail), and its limit 0 where the teacher's tail is empty."""
-    has_tail = teacher_tail_S > -torch.inf
-    # a finite stand-in keeps 0 * inf out of the gradient
-    log_ratio = torch.where(has_tail, teacher_tail_S, student_tail_S.detach()) - student_tail_S
-    return torch.where(has_tail, teacher_tail_S.exp() * log_ratio, torch.zeros_like(log_ratio))
-
-
-def _check(logits: Tensor, ids: Tensor, logprobs: Tensor, log_tail_mass: Tensor | None, temperature: float) -> None:
-    if logits.ndim != 2 or ids.ndim != 2 or ids.shape != logprobs.shape or ids.shape[0] != logits.shape[0]:
-        raise ShapeError(
-            f"student_logits {list(logits.shape)}, topk_token_ids {list(ids.shape)} and topk_logprobs "
-            f"{list(logprobs.shape)} must be [S, V], [S, K] and [S, K]"
-        )
-    if log_tail_mass is not None and log_tail_mass.shape != logits.shape[:1]:
-        raise ShapeError(f"log_tail_mass is {list(log_tail_mass.shape)}, not [S] = [{logits.shape[0]}]")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be > 0")
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= logits.shape[1]):
-        raise ValueError(
-            f"topk_token_ids spans {int(ids.min())}..{int(ids.max())}, outside the student's {logits.shape[1]} "
-            "vocabulary rows; the teacher does not fit this student"
-        )
+    if student_logits.ndim != 2:
+        raise ShapeError(f"student_logits is {list(student_logits.shape)}, not [S, V]")
+    form = DivergenceForm(divergence=divergence, beta=beta, skew_alpha=skew_alpha, temperature=temperature, tail=tail)
+    return compare(form, student_logits, TopK(topk_token_ids, topk_logprobs, log_tail_mass))

@@ -12,9 +12,11 @@ from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_to_nested
 
 from trainer.errors import GKDError
+from trainer.losses import teacher_advantages
 from trainer.metrics import BatchCalls, TeacherCall
 from trainer.verl_adapter.agent_loop import GENERATED_AT, TEACHER_CALL, TEACHER_ERROR
 from trainer.verl_adapter.loss import MINI_BATCH_COUNTS
+from trainer.verl_adapter.teacher_fields import TEACHER_LOGPROBS
 
 
 def collect_calls(batch: KVBatchMeta) -> BatchCalls:
@@ -47,6 +49,35 @@ def write_unused_advantages(batch: KVBatchMeta) -> KVBatchMeta:
     zeros = response_to_nested(torch.zeros_like(mask.to_padded_tensor(0), dtype=torch.float32), mask)
     unused = TensorDict(dict.fromkeys(("rm_scores", "advantages", "returns"), zeros), batch_size=len(batch))
     return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=unused)
+
+
+def add_teacher_advantages(batch: KVBatchMeta, coefficient: float) -> tuple[KVBatchMeta, float | None]:
+    """Add `coefficient` times the teacher's advantage of each scored token to the batch's advantages.
+
+    They are added as they are: normalising GRPO's advantages came before.
+
+    Returns:
+        The batch, and the mean of log q - log p over the scored tokens (an estimate of the reverse KL per token); None
+        where none was scored.
+
+    Raises:
+        NumericsError: a scored token has no finite logprob.
+    """
+    select = ["response_mask", "old_log_probs", "advantages", TEACHER_LOGPROBS]
+    fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=select)
+    response_mask = fields["response_mask"]
+    mask, student, advantages = (fields[name].to_padded_tensor(0) for name in select[:3])
+    teacher, scored = torch.zeros_like(student), torch.zeros_like(mask)
+    for row, one in enumerate(fields[TEACHER_LOGPROBS]):
+        teacher[row, : len(one)], scored[row, : len(one)] = one[:, -1], 1
+    scored = scored * mask
+    taught = teacher_advantages(teacher, student, scored)
+    put = TensorDict(
+        {"advantages": response_to_nested(advantages + coefficient * taught, response_mask)}, batch_size=len(batch)
+    )
+    batch = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=put)
+    num_scored = int(scored.sum())
+    return batch, -float(taught.sum()) / num_scored if num_scored else None
 
 
 def write_mini_batch_counts(batch: KVBatchMeta, *, mini_batch_size: int, num_ranks: int) -> KVBatchMeta:

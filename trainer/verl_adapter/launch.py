@@ -66,6 +66,7 @@ def hand_over(config: DictConfig, run: CheckedRun) -> None:
             return
         config.gkd = gkd.model_dump(mode="json")
         config.gkd_manifest_digest = run.manifest_digest
+        config.gkd_student_vocab_rows = run.student_vocab_rows
         config.actor_rollout_ref.rollout.agent.agent_loop_manager_class = AGENT_LOOP_MANAGER
         config.actor_rollout_ref.rollout.calculate_log_probs = True
         if gkd.mode is Mode.GKD:

@@ -15,18 +15,19 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from trainer import metrics as names
 from trainer.config import GKDConfig
-from trainer.losses import topk_divergence
+from trainer.losses import DivergenceForm, TopK, VocabShard, compare_with_statistics
 from trainer.verl_adapter import teacher_fields
+from trainer.verl_adapter.packing import local_rows
 
 MINI_BATCH_COUNTS = "gkd_mini_batch_counts"
 """`[B, 2]`: selected tokens and selected sequences of the row's mini-batch, over all ranks. Absent where every response
 is selected: verl's own counts are then the right ones."""
 
-_DIVERGENCE, _STUDENT_LOGPROBS = "teacher_divergence", "student_logprobs"
+_DIVERGENCE, _SAMPLED_LOGPROBS = "gkd_divergence", "gkd_sampled_logprobs"
 _PER_TOKEN = {
-    names.TOP1_AGREEMENT: "top1_agreement",
-    names.STUDENT_ENTROPY: "student_entropy",
-    names.TEACHER_ENTROPY: "teacher_entropy",
+    names.TOP1_AGREEMENT: "gkd_top1_agreement",
+    names.STUDENT_ENTROPY: "gkd_student_entropy",
+    names.TEACHER_ENTROPY: "gkd_teacher_entropy",
 }
 """Metric -> what process_logits calls its value per token."""
 
@@ -46,6 +47,8 @@ class GKDLoss:
     """verl's `actor.loss_scale_factor`."""
     rollout_temperature: float
     """What verl has divided the logits by."""
+    student_vocab_rows: int
+    """Rows of the student's LM head; Megatron pads them."""
     policy: Any = None
     """verl's actor configuration, by which its policy loss is added; None: distillation alone."""
 
@@ -56,11 +59,14 @@ class GKDLoss:
         data: TensorDict,
         dp_group: object = None,
         student_logits: Tensor | None = None,
-        data_format: str = "thd",
+        data_format: str | None = None,
     ) -> dict[str, Tensor] | tuple[Tensor, dict[str, Any]]:
-        """Per-token outputs `[1, T]` of packed logits `[1, T, V]`, or the loss and its metrics."""
+        """Per-token outputs `[B, L]` of logits `[B, L, W]` as the engine packed them, or the loss and its metrics.
+
+        Megatron names its packing in `data_format`, and its logits are this rank's part of the vocabulary.
+        """
         if student_logits is not None:
-            return self.process_logits(student_logits, data)
+            return self.process_logits(student_logits, data, data_format)
         if model_output is None:
             raise ValueError("neither student_logits nor model_output is given")
         teacher_kl, metrics = self.aggregate(model_output, data)
@@ -70,12 +76,12 @@ class GKDLoss:
             return policy_loss + loss, metrics | policy_metrics
         return loss, metrics
 
-    def process_logits(self, student_logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
+    def process_logits(self, student_logits: Tensor, data: TensorDict, data_format: str | None) -> dict[str, Tensor]:
         """Divergence and what is logged about it per packed token, 0 where nothing is learned from the teacher."""
-        logits_TV = student_logits.squeeze(0)
+        logits_LW = student_logits.flatten(0, -2)
         ids, logprobs = data[teacher_fields.TEACHER_IDS], data[teacher_fields.TEACHER_LOGPROBS]
         mask = data["response_mask"]
-        rows, teacher_rows = teacher_fields.response_rows(
+        packed_rows, teacher_rows = teacher_fields.response_rows(
             sequence_lens=data["input_ids"].offsets().diff(),
             prompt_lens=data["prompts"].offsets().diff(),
             teacher_lens=ids.offsets().diff(),
@@ -83,30 +89,50 @@ class GKDLoss:
             mask_lens=mask.offsets().diff(),
             unscored_allowed=MINI_BATCH_COUNTS in data,
         )
-        teacher = teacher_fields.unpack(ids.values()[teacher_rows], logprobs.values()[teacher_rows])
-        logits_SV = logits_TV[rows]
-        # verl divides by the sampling temperature, which is none of the divergence's business
-        temperature = self.gkd.actor.teacher_kl_temperature / self.rollout_temperature
-        divergence_S = topk_divergence(
-            logits_SV,
-            teacher.topk_token_ids,
-            teacher.topk_logprobs,
-            divergence=self.gkd.actor.gkd_divergence,
-            temperature=temperature,
-            tail=self.gkd.actor.gkd_tail,
-            log_tail_mass=teacher.log_tail_mass,
+        rows, here = local_rows(packed_rows, data, data_format, logits_LW.shape[0])
+        teacher = teacher_fields.unpack(ids.values()[teacher_rows[here]], logprobs.values()[teacher_rows[here]])
+        # the policy's own logprobs overwrite the logits when they are done with them: compare a copy then
+        shared = self.policy is not None
+        divergence_S, statistics = compare_with_statistics(
+            self.form,
+            logits_LW[rows] if shared else logits_LW,
+            TopK(teacher.topk_token_ids, teacher.topk_logprobs, teacher.log_tail_mass),
+            rows=None if shared else rows,
+            shard=None if data_format is None else self._shard(logits_LW.shape[1]),
+            sampled_token_ids=data["input_ids"].values()[packed_rows[here] + 1],
+            overwrite_logits=not shared,
         )
-        with torch.no_grad():
-            values = {
-                _STUDENT_LOGPROBS: _logprobs_of(logits_SV, data["input_ids"].values()[rows + 1]),
-                _PER_TOKEN[names.TOP1_AGREEMENT]: _top1_agreement(logits_SV, teacher.topk_token_ids),
-                _PER_TOKEN[names.STUDENT_ENTROPY]: _entropy(logits_SV / temperature),
-                _PER_TOKEN[names.TEACHER_ENTROPY]: _coarse_entropy(teacher.topk_logprobs, teacher.log_tail_mass),
-            }
-        length = logits_TV.shape[0]
-        return {
-            name: _spread(values_S, rows, length) for name, values_S in {_DIVERGENCE: divergence_S, **values}.items()
+        values = {
+            _DIVERGENCE: divergence_S,
+            _SAMPLED_LOGPROBS: statistics.sampled_logprobs,
+            _PER_TOKEN[names.TOP1_AGREEMENT]: statistics.top1_agreement,
+            _PER_TOKEN[names.STUDENT_ENTROPY]: statistics.entropy,
+            _PER_TOKEN[names.TEACHER_ENTROPY]: _coarse_entropy(teacher),
         }
+        shape = student_logits.shape[:-1]
+        return {name: _spread(values_S, rows, logits_LW.shape[0]).view(shape) for name, values_S in values.items()}
+
+    @property
+    def form(self) -> DivergenceForm:
+        """The divergence, at the temperature by which the logits are still to be divided."""
+        actor = self.gkd.actor
+        return DivergenceForm(
+            divergence=actor.topk_divergence,
+            beta=actor.gkd_beta,
+            skew_alpha=actor.gkd_skew_alpha,
+            # verl divides by the sampling temperature, which is none of the divergence's business
+            temperature=actor.teacher_kl_temperature / self.rollout_temperature,
+            tail=actor.gkd_tail,
+        )
+
+    def _shard(self, num_columns: int) -> VocabShard:
+        from megatron.core import parallel_state  # only its users have it
+
+        return VocabShard(
+            start=parallel_state.get_tensor_model_parallel_rank() * num_columns,
+            vocab_size=self.student_vocab_rows,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
 
     def aggregate(self, model_output: dict[str, Tensor], data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         """The micro-batch's share of the divergence, normalised over the global mini-batch, and its metrics."""
@@ -135,7 +161,7 @@ class GKDLoss:
             values_BR = no_padding_2_padding(model_output[key], data)
             metrics[names.LOSS_SUMS + name] = _sum((values_BR * mask_BR).sum())
         if self.policy is None and "rollout_log_probs" in data:
-            student_BR = no_padding_2_padding(model_output[_STUDENT_LOGPROBS], data)
+            student_BR = no_padding_2_padding(model_output[_SAMPLED_LOGPROBS], data)
             rollout_BR = data["rollout_log_probs"].to_padded_tensor(0)
             metrics.update(_correlation_sums(student_BR, rollout_BR, mask_BR))
         return teacher_kl, metrics
@@ -151,26 +177,9 @@ def _first_row(counts: Tensor) -> Tensor:
     return (counts.values() if counts.is_nested else counts).reshape(-1, 2)[0]
 
 
-def _logprobs_of(logits_SV: Tensor, token_ids: Tensor) -> Tensor:
-    logits_SV = logits_SV.float()
-    return logits_SV.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - logits_SV.logsumexp(-1)
-
-
-def _top1_agreement(logits_SV: Tensor, teacher_ids_SK: Tensor) -> Tensor:
-    """1.0 where no token's logit exceeds that of the teacher's likeliest token."""
-    at_top1_S = logits_SV.gather(-1, teacher_ids_SK[:, :1].long()).squeeze(-1)
-    return (at_top1_S >= logits_SV.amax(-1)).float()
-
-
-def _entropy(logits_SV: Tensor) -> Tensor:
-    logprobs_SV = logits_SV.float().log_softmax(-1)
-    # a token that is ruled out adds 0, not 0 * -inf
-    return -torch.where(logprobs_SV > -torch.inf, logprobs_SV.exp() * logprobs_SV, 0.0).sum(-1)
-
-
-def _coarse_entropy(topk_logprobs_SK: Tensor, log_tail_mass_S: Tensor) -> Tensor:
+def _coarse_entropy(teacher: teacher_fields.TeacherColumns) -> Tensor:
     """Entropy of the K + 1 events: the top-k tokens, and any other."""
-    logprobs = torch.cat([topk_logprobs_SK, log_tail_mass_S.unsqueeze(-1)], dim=-1).float()
+    logprobs = torch.cat([teacher.topk_logprobs, teacher.log_tail_mass.unsqueeze(-1)], dim=-1).float()
     return -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(-1)
 
 

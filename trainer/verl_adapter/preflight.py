@@ -32,6 +32,8 @@ class CheckedRun:
 
     gkd: GKDConfig
     """Its GKD keys, with K capped at the teacher's vocabulary."""
+    student_vocab_rows: int
+    """Rows of the student's LM head."""
     manifest_digest: str | None
     """Digest of the teacher that fits; None: the run has no teacher."""
 
@@ -70,7 +72,7 @@ def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> Checke
     model = config.actor_rollout_ref.model
     student = read_student(model.path, trust_remote_code=bool(model.get("trust_remote_code", False)))
     if gkd.mode is Mode.GRPO:
-        return CheckedRun(gkd=gkd, manifest_digest=None)
+        return CheckedRun(gkd=gkd, student_vocab_rows=student.vocab_rows, manifest_digest=None)
     if config.trainer.v1.trainer_mode != "sync":
         raise ConfigError(
             f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} is not offered with a teacher yet; use sync"
@@ -78,7 +80,7 @@ def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> Checke
     max_tokens = int(config.data.max_prompt_length + config.data.max_response_length)
     gkd, manifest = fit_to_teacher(gkd, student, max_tokens=max_tokens)
     print(OmegaConf.to_yaml({"gkd": dict(describe(gkd, manifest))}), flush=True)  # noqa: T201  # for the user
-    return CheckedRun(gkd=gkd, manifest_digest=manifest.digest)
+    return CheckedRun(gkd=gkd, student_vocab_rows=student.vocab_rows, manifest_digest=manifest.digest)
 
 
 def _choose_validation(config: DictConfig, user_keys: Set[str]) -> None:
@@ -186,7 +188,8 @@ def fit_to_teacher(gkd: GKDConfig, student: StudentInfo, *, max_tokens: int) -> 
         TeacherMismatchError: the teacher does not fit.
     """
     manifest = asyncio.run(_fetch_manifest(gkd))
-    num_logprobs = min(gkd.teacher.num_logprobs, manifest.vocab_rows)
+    # an advantage needs the sampled token's logprob alone
+    num_logprobs = 1 if gkd.teaches_by_advantages else min(gkd.teacher.num_logprobs, manifest.vocab_rows)
     check_compatibility(
         manifest,
         student,

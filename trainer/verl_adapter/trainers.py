@@ -15,7 +15,12 @@ from trainer import metrics as names
 from trainer.config import GKDConfig, Mode
 from trainer.errors import GKDError
 from trainer.metrics import BatchCalls, loss_metrics, teacher_metrics
-from trainer.verl_adapter.batch_fields import collect_calls, write_mini_batch_counts, write_unused_advantages
+from trainer.verl_adapter.batch_fields import (
+    add_teacher_advantages,
+    collect_calls,
+    write_mini_batch_counts,
+    write_unused_advantages,
+)
 from trainer.verl_adapter.loss import GKDLoss
 from trainer.verl_adapter.off_policy import MixedData
 
@@ -70,14 +75,16 @@ class GKDTrainerMixin:
         """Install the loss in the workers."""
         self.replay_buffer.poll_interval = REPLAY_POLL_S
         actor = self.config.actor_rollout_ref.actor
-        loss = GKDLoss(
-            gkd=self._gkd,
-            loss_agg_mode=actor.loss_agg_mode,
-            loss_scale_factor=actor.get("loss_scale_factor"),
-            rollout_temperature=self.config.actor_rollout_ref.rollout.temperature,
-            policy=omega_conf_to_dataclass(actor) if self._gkd.mode is Mode.GKD_GRPO else None,
-        )
-        self.actor_rollout_wg.set_loss_fn(loss)
+        if not self._gkd.teaches_by_advantages:  # those are for verl's own loss
+            loss = GKDLoss(
+                gkd=self._gkd,
+                loss_agg_mode=actor.loss_agg_mode,
+                loss_scale_factor=actor.get("loss_scale_factor"),
+                rollout_temperature=self.config.actor_rollout_ref.rollout.temperature,
+                student_vocab_rows=self.config.gkd_student_vocab_rows,
+                policy=omega_conf_to_dataclass(actor) if self._gkd.mode is Mode.GKD_GRPO else None,
+            )
+            self.actor_rollout_wg.set_loss_fn(loss)
         self._plain_update_actor = self.actor_rollout_wg.update_actor
         self.actor_rollout_wg.update_actor = self._distilling_update
         super().on_init_end()  # type: ignore[misc]  # verl's trainer follows in the class order
@@ -137,23 +144,32 @@ class GKDTrainerMixin:
             )
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        if self._gkd.mode is Mode.GKD:
+        if self._gkd.mode is Mode.GKD and not self._gkd.teaches_by_advantages:
             return batch  # only a policy ratio needs it
         return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         if self._gkd.mode is Mode.GKD:
-            return write_unused_advantages(batch)
-        return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+            batch = write_unused_advantages(batch)
+        else:
+            batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+        if self._gkd.teaches_by_advantages:
+            coefficient = self._gkd.actor.teacher_kl_coef
+            batch, reverse_kl = add_teacher_advantages(batch, coefficient)
+            metrics[names.TEACHER_KL_COEF] = coefficient
+            if reverse_kl is not None:
+                metrics[names.TEACHER_KL_LOSS] = reverse_kl
+        return batch
 
     def _distilling_update(self, batch: KVBatchMeta) -> Any:  # whatever verl returns
         """verl's update, whose engine calls the loss on the logits too."""
         size = self._mini_batch_size
+        batch.extra_info.update(mini_batch_size=size, global_batch_size=size)
+        if self._gkd.teaches_by_advantages:
+            return self._plain_update_actor(batch)
         batch.extra_info.update(
             distillation_use_topk=True,
             distillation_only=self._gkd.mode is Mode.GKD,  # no need for the policy's own logprobs
-            mini_batch_size=size,
-            global_batch_size=size,
         )
         if self._gkd.selects:
             # the workers fetch the fields that the batch names
