@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Write the two locks, every distribution with its hashes. Arguments go to `uv pip compile`, e.g. --upgrade.
-#   tools.lock  programs that set-up and tests call
-#   cpu.lock    the CPU environment, less torch and what only torch's CUDA build needs: pip installs torch,
-#               from whichever build the machine offers
+# Write the locks, every distribution with its hashes. Arguments go to `uv pip compile`, e.g. --upgrade.
+#   tools.lock     programs that set-up and tests call
+#   megatron.lock  what the tests alone need of Megatron
+#   cpu.lock       the CPU environment, less torch and what only torch's CUDA build needs: pip installs torch,
+#                  from whichever build the machine offers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=${UV:-uv}
@@ -13,6 +14,7 @@ compile() {
 }
 
 compile requirements/tools.in --output-file requirements/tools.lock "$@"
+compile requirements/megatron.in --no-deps --output-file requirements/megatron.lock "$@"
 compile pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
     --no-emit-package gkd --no-emit-package torch \
     --output-file requirements/cpu.lock "$@"
