@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from examples.sort_digits.models import TEACHER_SIZE, build_model, save_model
 from examples.sort_digits.processes import ManagedProcess
 from tests.e2e.conftest import Workspace
 from tests.support.trainer import TrainerRun
@@ -191,9 +192,17 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
 
 
 def test_off_policy_mixing_and_its_resume(workspace: Workspace) -> None:
-    """Example 3: the split, the order and the counts by hand; resumed at step 3, the same batches follow."""
+    """Example 3 with LoRA and JSD: split, order and counts by hand; resumed at step 3, the same batches follow."""
     teacher, endpoint, _ = workspace.start_teacher("teacher_off_policy")
-    changes = {"data.off_policy_files": workspace.train_file, "trainer.save_freq": 3, "data.off_policy_batch_size": 6}
+    changes = {
+        "data.off_policy_files": workspace.train_file,
+        "trainer.save_freq": 3,
+        "data.off_policy_batch_size": 6,
+        f"{ACTOR}.gkd_divergence": "jsd",
+        "actor_rollout_ref.model.lora_rank": 8,
+        "actor_rollout_ref.model.lora_alpha": 16,
+        f"{ROLLOUT}.load_format": "safetensors",
+    }
     whole = _start(workspace, "3_gkd_off_policy", endpoint, changes, num_steps=6)
     [steps] = _finish(workspace, whole)
     checkpoint = whole.run.folder / "checkpoints" / "global_step_3"
@@ -236,6 +245,30 @@ def test_off_policy_mixing_and_its_resume(workspace: Workspace) -> None:
     for number in (4, 5, 6):
         before, after = whole.responses(number), resumed.responses(number)
         assert sorted(one["input"] for one in before) == sorted(one["input"] for one in after)
+    assert workspace.supervisor.stop(teacher) == 0
+
+
+def test_teaching_by_advantages(workspace: Workspace) -> None:
+    """Example 2 by policy gradient: verl's own loss on the teacher's advantages, which is the samples' reverse KL."""
+    sure = build_model(TEACHER_SIZE, seed=0)
+    sure.model.norm.weight.data.mul_(6.0)
+    save_model(sure, workspace.folder / "sure_teacher")
+    teacher, endpoint, _ = workspace.start_teacher("teacher_advantages", model="sure_teacher")
+    changes = {f"{ACTOR}.gkd_divergence": "policy_gradient", f"{ROLLOUT}.n": 4}
+    started = _start(workspace, "2_gkd_only", endpoint, changes, num_steps=3)
+    [steps] = _finish(workspace, started)
+    assert len(steps) == 3
+    _check_rollouts_follow_the_weights(steps)
+    for number, step in enumerate(steps, start=1):
+        responses = started.responses(number)
+        assert len(responses) == 4 * BATCH_SIZE
+        assert step["gkd/scored_tokens"] == sum(one["gkd_scored_tokens"] for one in responses)
+        assert step["actor/loss"] == pytest.approx(step["actor/pg_loss"], rel=1e-5, abs=1e-7)
+        assert step["actor/teacher_kl_coef"] == 1.0
+        assert step["actor/grad_norm"] > 0
+        # with a ratio near 1 the policy loss is minus the mean advantage
+        assert step["actor/teacher_kl_loss"] > 0.1
+        assert step["actor/pg_loss"] == pytest.approx(step["actor/teacher_kl_loss"], rel=0.1)
     assert workspace.supervisor.stop(teacher) == 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,19 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainer.errors import ShapeError
+from trainer.losses import rows as torch_rows
 from trainer.losses.events import divergence_on_events
 from trainer.losses.forms import DivergenceForm, TopK
-from trainer.losses.rows import (
-    ExpSums,
-    Rows,
-    Targets,
-    clear_others,
-    gather,
-    log_normaliser,
-    outside_sums,
-    scatter_gradient,
-    write_gradient,
-)
+from trainer.losses.rows import ExpSums, Rows, Targets, clear_others, finite, gather, log_normaliser, write_targets
 from trainer.losses.vocabulary import VocabShard
 
 _EVENT_ROWS = 1024
@@ -195,12 +187,12 @@ class _TopKDivergence(torch.autograd.Function):
         scale_S = upstream[0].to(inside_SK.dtype) / call.form.temperature
         inside_SK, outside_S = inside_SK * scale_S.unsqueeze(-1), outside_S * scale_S
         out_TW = logits_TW if call.overwrite_logits else torch.empty_like(logits_TW)
-        if not call.learns_outside:
+        if call.learns_outside:
+            clear_others(out_TW, rows)
+            _backend(logits_TW).write_outside(out_TW, rows, outside_S, reference_S, call.form.temperature)
+        else:
             out_TW.zero_()
-            scatter_gradient(out_TW, rows, targets, inside_SK)
-            return out_TW, None
-        clear_others(out_TW, rows)
-        write_gradient(out_TW, rows, targets, inside_SK, outside_S, reference_S, call.form.temperature)
+        write_targets(out_TW, rows, targets, inside_SK)
         return out_TW, None
 
 
@@ -209,12 +201,22 @@ def _read(call: _Call, rows: Rows) -> _Reading:
     topk_SK = gather(rows, targets).div_(temperature)
     outside = None
     if call.reads_outside:
-        outside = outside_sums(rows, targets, temperature, weighted=call.sampled_ids_S is not None)
+        weighted = call.sampled_ids_S is not None
+        outside = _backend(rows.logits_TW).outside_sums(rows, targets, temperature, weighted=weighted)
     if call.shard is not None:
         call.shard.sum_(topk_SK)
         outside = call.shard.combine(outside) if outside is not None else None
     log_outside_S = torch.full_like(topk_SK[:, 0], -torch.inf) if outside is None else outside.log_sum
-    return _Reading(topk_SK, outside, log_outside_S, torch.logaddexp(topk_SK.logsumexp(-1), log_outside_S))
+    return _Reading(topk_SK, outside, log_outside_S, finite(torch.logaddexp(topk_SK.logsumexp(-1), log_outside_S)))
+
+
+def _backend(logits_TW: Tensor) -> ModuleType:
+    """Where whole rows are read and written: the kernels on CUDA, torch elsewhere."""
+    if not logits_TW.is_cuda:
+        return torch_rows
+    from trainer.losses import kernels  # Triton comes with torch's CUDA builds
+
+    return kernels if kernels.usable(logits_TW) else torch_rows
 
 
 def _compare_events(call: _Call, reading: _Reading, block: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +225,7 @@ def _compare_events(call: _Call, reading: _Reading, block: slice) -> tuple[Tenso
     dtype = total_S.dtype
     log_p, log_q = call.teacher.logprobs[block].to(dtype), reading.topk_SK[block]
     if form.tail == "renormalize":
-        log_p, total_S = log_p - log_p.logsumexp(-1, keepdim=True), log_q.logsumexp(-1)
+        log_p, total_S = log_p - finite(log_p.logsumexp(-1, keepdim=True)), finite(log_q.logsumexp(-1))
     log_q = log_q - total_S.unsqueeze(-1)
     log_q_tail = reading.log_outside_S[block] - total_S
     if form.tail == "bucket" and call.has_outside:
@@ -253,7 +255,7 @@ def _through_softmax(slope_SE: Tensor, q_SE: Tensor) -> Tensor:
     likeliest event's g keeps both terms from cancelling where one event has nearly all the probability.
     """
     likeliest = q_SE.argmax(-1, keepdim=True)
-    shift = slope_SE.gather(-1, likeliest) / q_SE.gather(-1, likeliest)
+    shift = slope_SE.gather(-1, likeliest) / q_SE.gather(-1, likeliest).clamp_min(torch.finfo(q_SE.dtype).tiny)
     slope_SE = torch.scatter(slope_SE - shift * q_SE, -1, likeliest, 0.0)
     return slope_SE - q_SE * slope_SE.sum(-1, keepdim=True)
 

@@ -1,7 +1,6 @@
 """What a row of logits must be read for, and how its gradient is written: in blocks of rows, with one float32 buffer.
 
-This is the torch form, for any device and a vocabulary that may be split over ranks; `kernels.py` holds the same two
-functions for CUDA.
+This is the torch form, for any device; `kernels.py` holds `outside_sums` and `write_outside` for CUDA.
 
 Legend: T packed rows, S rows that are compared, K top-k entries, W vocabulary rows held here.
 """
@@ -98,7 +97,7 @@ def outside_sums(rows: Rows, targets: Targets, temperature: float, *, weighted: 
         z.scatter_(-1, targets.columns(block, rows.width), -torch.inf)
         z = z[:, : rows.width]
         torch.amax(z, -1, out=max_S[block])
-        z.sub_(_finite(max_S[block]).unsqueeze(-1))
+        z.sub_(finite(max_S[block]).unsqueeze(-1))
         if weighted_S is None:
             torch.sum(z.exp_(), -1, out=exp_S[block])
             continue
@@ -117,7 +116,7 @@ def log_normaliser(rows: Rows) -> ExpSums:
     for block, z in _blocks(rows, dtype):
         z = z[:, : rows.width]
         torch.amax(z, -1, out=max_S[block])
-        torch.sum(z.sub_(_finite(max_S[block]).unsqueeze(-1)).exp_(), -1, out=exp_S[block])
+        torch.sum(z.sub_(finite(max_S[block]).unsqueeze(-1)).exp_(), -1, out=exp_S[block])
     return ExpSums(max_S, exp_S, None)
 
 
@@ -129,35 +128,28 @@ def gather(rows: Rows, targets: Targets) -> Tensor:
     return logits_SK if targets.owned_SK is None else logits_SK.where(targets.owned_SK, 0.0)
 
 
-def write_gradient(
-    out_TW: Tensor,
-    rows: Rows,
-    targets: Targets,
-    inside_SK: Tensor,
-    outside_S: Tensor,
-    reference_S: Tensor,
-    temperature: float,
-) -> None:
-    """Write each row's gradient into `out_TW`, which may be the logits themselves.
-
-    A token outside the top-k gets `outside exp(z - reference)`, one inside gets its entry of `inside_SK`. Columns past
-    the width are left alone.
-    """
+def write_outside(out_TW: Tensor, rows: Rows, coefficient_S: Tensor, reference_S: Tensor, temperature: float) -> None:
+    """Write `coefficient exp(z - reference)` over each row in `out_TW`, which may be the logits themselves."""
     for block, z in _blocks(rows, arithmetic_dtype(rows.logits_TW)):
+        z = z[:, : rows.width]
         if temperature != 1:
             z.mul_(1 / temperature)
-        z[:, : rows.width].sub_(reference_S[block].unsqueeze(-1)).exp_().mul_(outside_S[block].unsqueeze(-1))
-        z.scatter_(-1, targets.columns(block, rows.width), inside_SK[block].to(z.dtype))
-        _store(out_TW, rows, block, z[:, : rows.width])
+        z.sub_(reference_S[block].unsqueeze(-1)).exp_().mul_(coefficient_S[block].unsqueeze(-1))
+        if rows.rows_S is None:
+            out_TW[block, : rows.width].copy_(z)
+        else:
+            out_TW[:, : rows.width].index_copy_(0, rows.rows_S[block], z.to(out_TW.dtype))
 
 
-def scatter_gradient(out_TW: Tensor, rows: Rows, targets: Targets, inside_SK: Tensor) -> None:
-    """Write only the top-k's entries of the gradient."""
-    ids_SK = targets.ids_SK.long()
+def write_targets(out_TW: Tensor, rows: Rows, targets: Targets, values_SK: Tensor) -> None:
+    """Write the targets' entries into `out_TW`."""
+    ids_SK, values_SK = targets.ids_SK.long(), values_SK.to(out_TW.dtype)
+    if rows.rows_S is None and targets.owned_SK is None:
+        out_TW.scatter_(-1, ids_SK, values_SK)
+        return
     row_SK = (torch.arange(rows.num_rows, device=ids_SK.device) if rows.rows_S is None else rows.rows_S).unsqueeze(-1)
-    row_SK = row_SK.expand_as(ids_SK)
     owned = slice(None) if targets.owned_SK is None else targets.owned_SK
-    out_TW[row_SK[owned], ids_SK[owned]] = inside_SK[owned].to(out_TW.dtype)
+    out_TW[row_SK.expand_as(ids_SK)[owned], ids_SK[owned]] = values_SK[owned]
 
 
 def clear_others(out_TW: Tensor, rows: Rows) -> None:
@@ -183,13 +175,6 @@ def _blocks(rows: Rows, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield block, z
 
 
-def _store(out_TW: Tensor, rows: Rows, block: slice, values: Tensor) -> None:
-    if rows.rows_S is None:
-        out_TW[block, : rows.width].copy_(values)
-    else:
-        out_TW[:, : rows.width].index_copy_(0, rows.rows_S[block], values.to(out_TW.dtype))
-
-
-def _finite(max_S: Tensor) -> Tensor:
-    """0 for -inf: a row without tokens has nothing to shift."""
+def finite(max_S: Tensor) -> Tensor:
+    """0 for -inf: where no token is possible there is nothing to shift by."""
     return max_S.where(max_S > -torch.inf, 0.0)
