@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 # Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
-.PHONY: help setup format lint types test test-e2e demo protos bench bench-modes lock clean
+.PHONY: help setup format lint types test test-e2e demo protos bench bench-loss bench-modes lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,8 +33,8 @@ lint: $(INSTALLED) ## Check style and formatting
 types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
-test: lint types ## Check style and types, then run the unit, contract and integration tests
-	$(BIN)/pytest tests/unit tests/contract tests/integration
+test: lint types ## Check style and types, then run the unit, conformance, contract and integration tests
+	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration
 
 test-e2e: $(INSTALLED) ## Run the end-to-end tests: verl, Ray and vLLM together
 	$(BIN)/pytest tests/e2e
@@ -45,7 +45,10 @@ demo: $(INSTALLED) ## Distill a small student from a small teacher, on this mach
 protos: $(INSTALLED) ## Regenerate the stubs of the contract
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-bench: bench-modes ## Run the benchmarks
+bench: bench-loss bench-modes ## Run the benchmarks
+
+bench-loss: $(INSTALLED) ## Measure time and memory of the losses (a quarter of an hour on 2 idle cores)
+	$(BIN)/python -m benchmarks.losses
 
 bench-modes: $(INSTALLED) ## Measure how fast each training mode learns the demo's task (an hour on 2 cores)
 	$(BIN)/python -m benchmarks.modes

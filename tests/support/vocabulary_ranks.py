@@ -22,7 +22,7 @@ from trainer.verl_adapter.cpu.environment import set_environment
 
 S, K, V, COLUMNS = 9, 6, 37, 40
 """V tokens exist; the ranks hold COLUMNS, the last three of which are padding."""
-SPLITS = (2, 4)
+SPLITS, TEMPERATURE = (2, 4), 0.7
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 TAILS = ("bucket", "renormalize", "none")
 Errors = dict[str, float]
@@ -40,7 +40,8 @@ def main() -> None:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
         part = parallel_state.get_tensor_model_parallel_rank()
         found = _compare_forms(part, size, parallel_state.get_tensor_model_parallel_group())
-        found |= _compare_engine_paths(part, size)
+        found |= _compare_megatron_path(part, size)
+        found |= _compare_sequence_parallel(part, size, parallel_state.get_tensor_model_parallel_group())
         errors |= {f"{size}/{name}": error for name, error in found.items()}
         parallel_state.destroy_model_parallel()
     everyone: list[Any] = [None] * world_size
@@ -89,7 +90,55 @@ def _compare_forms(rank: int, world_size: int, group: dist.ProcessGroup) -> Erro
     return errors
 
 
-def _compare_engine_paths(rank: int, world_size: int) -> Errors:
+class _Problem:
+    """A micro-batch, and the loss and gradient of its whole logits, undivided and unpadded."""
+
+    def __init__(self) -> None:
+        from tests.support.verl_batch import Row, pack_rows
+        from trainer.config import GKDConfig
+        from trainer.config.gkd import ActorConfig
+        from trainer.verl_adapter.loss import GKDLoss
+
+        generator = torch.Generator().manual_seed(1)
+        lengths = ((2, 3), (4, 1), (3, 6))
+        rows = [Row.random(prompt, length, vocab_rows=V, k=K, generator=generator) for prompt, length in lengths]
+        rows[2].mask[1] = 0
+        num_tokens = int(sum(row.mask.sum() for row in rows))
+        self.data = pack_rows(rows, batch_num_tokens=num_tokens, global_batch_size=len(rows))
+        keys = ActorConfig(use_teacher_kl_loss=True, gkd_only_mode=True, gkd_divergence="jsd", teacher_kl_coef=0.5)
+        self.loss = GKDLoss(
+            gkd=GKDConfig(actor=keys),
+            loss_agg_mode="token-mean",
+            loss_scale_factor=None,
+            rollout_temperature=TEMPERATURE,
+            student_vocab_rows=V,
+        )
+        self.logits = torch.cat([row.logits for row in rows]).detach().requires_grad_()
+        self.offsets = self.data["input_ids"].offsets()
+        outputs = self.loss(student_logits=(self.logits / TEMPERATURE).unsqueeze(0), data=self.data)
+        self.expected, self.expected_metrics = self.aggregate({key: one.squeeze(0) for key, one in outputs.items()})
+        self.expected.backward()
+
+    def aggregate(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """Loss and metrics of per-token outputs `[T]`."""
+        nested = {key: torch.nested.nested_tensor_from_jagged(one, self.offsets) for key, one in outputs.items()}
+        return self.loss(model_output=nested, data=self.data)
+
+    def errors(self, found: Tensor, metrics: dict[str, Any], gradient: Tensor, expected_gradient: Tensor) -> Errors:
+        """Of a loss, its metrics, and a part of its gradient."""
+        scale = self.logits.grad.abs().max()
+        errors = {
+            "loss": _relative(found, self.expected),
+            "gradient": float((gradient - expected_gradient).abs().max() / scale),
+        }
+        for name, metric in self.expected_metrics.items():
+            if not isinstance(metric, float):
+                one, other = float(metrics[name].aggregate()), float(metric.aggregate())
+                errors[name] = abs(one - other) / max(1.0, abs(other))
+        return errors
+
+
+def _compare_megatron_path(rank: int, world_size: int) -> Errors:
     """The loss through Megatron's packing and verl's LM-head hook, against the loss on whole rows of logits."""
     from verl.models.mcore.util import (
         postprocess_bshd_engine,
@@ -99,42 +148,14 @@ def _compare_engine_paths(rank: int, world_size: int) -> Errors:
     )
     from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
-    from tests.support.verl_batch import Row, pack_rows
-    from trainer.config import GKDConfig
-    from trainer.config.gkd import ActorConfig
-    from trainer.verl_adapter.loss import GKDLoss
-
-    generator = torch.Generator().manual_seed(1)
-    lengths = ((2, 3), (4, 1), (3, 6))
-    rows = [Row.random(prompt, length, vocab_rows=V, k=K, generator=generator) for prompt, length in lengths]
-    rows[2].mask[1] = 0
-    num_tokens = int(sum(row.mask.sum() for row in rows))
-    data = pack_rows(rows, batch_num_tokens=num_tokens, global_batch_size=len(rows))
-    keys = ActorConfig(use_teacher_kl_loss=True, gkd_only_mode=True, gkd_divergence="jsd", teacher_kl_coef=0.5)
-    loss = GKDLoss(
-        gkd=GKDConfig(actor=keys),
-        loss_agg_mode="token-mean",
-        loss_scale_factor=None,
-        rollout_temperature=0.7,
-        student_vocab_rows=V,
-    )
-    whole = torch.cat([row.logits for row in rows]).detach().requires_grad_()
-    offsets = data["input_ids"].offsets()
-    outputs = loss(student_logits=(whole / 0.7).unsqueeze(0), data=data)
-    expected, expected_metrics = loss(
-        model_output={
-            name: torch.nested.nested_tensor_from_jagged(one.squeeze(0), offsets) for name, one in outputs.items()
-        },
-        data=data,
-    )
-    expected.backward()
-
+    problem = _Problem()
+    data, offsets = problem.data, problem.offsets
     width = COLUMNS // world_size
-    padded = torch.nn.functional.pad(whole.detach(), (0, COLUMNS - V), value=5.0)
+    mine = slice(rank * width, (rank + 1) * width)
+    padded = torch.nn.functional.pad(problem.logits.detach(), (0, COLUMNS - V), value=5.0)
     errors: Errors = {}
     for data_format in ("thd", "bshd"):
-        part = padded[:, rank * width : (rank + 1) * width].clone().requires_grad_()
-        nested = torch.nested.nested_tensor_from_jagged(part, offsets)
+        part = padded[:, mine].clone().requires_grad_()
         engine = SimpleNamespace(engine_config=SimpleNamespace(entropy_from_logits_with_chunking=False))
         hook = partial(
             MegatronEngineWithLMHead._lm_head_logits_processor,
@@ -143,32 +164,51 @@ def _compare_engine_paths(rank: int, world_size: int) -> Errors:
             calculate_entropy=False,
             distillation_use_topk=True,
             distillation_only=True,
-            logits_processor_func=loss,
+            logits_processor_func=problem.loss,
             batch=data,
             data_format=data_format,
         )
-        temperature = torch.nested.nested_tensor_from_jagged(torch.full((part.shape[0],), 0.7), offsets)
+        temperature = torch.nested.nested_tensor_from_jagged(torch.full((part.shape[0],), TEMPERATURE), offsets)
         pack = preprocess_thd_engine if data_format == "thd" else preprocess_bshd_engine
-        logits, layout, *_ = pack(nested, pre_process=True)
+        logits, layout, *_ = pack(torch.nested.nested_tensor_from_jagged(part, offsets), pre_process=True)
         label = pack(data["input_ids"], pre_process=True, need_roll=True)[0]
         packed = hook(logits, label, pack(temperature, pre_process=True)[0])
         if data_format == "thd":
-            unpacked = {
-                name: postprocess_thd_engine(one, layout, data["input_ids"], len(rows)) for name, one in packed.items()
+            rows = {
+                key: postprocess_thd_engine(one, layout, data["input_ids"], len(data)) for key, one in packed.items()
             }
         else:
-            unpacked = {name: postprocess_bshd_engine(one, layout) for name, one in packed.items()}
-        found, metrics = loss(model_output=unpacked, data=data)
+            rows = {key: postprocess_bshd_engine(one, layout) for key, one in packed.items()}
+        found, metrics = problem.aggregate({key: one.values() for key, one in rows.items()})
         found.backward()
-        errors[f"{data_format}/loss"] = _relative(found, expected)
-        mine = torch.nn.functional.pad(whole.grad, (0, COLUMNS - V))[:, rank * width : (rank + 1) * width]
-        errors[f"{data_format}/gradient"] = float((part.grad - mine).abs().max() / whole.grad.abs().max())
-        for name, metric in expected_metrics.items():
-            if isinstance(metric, float):
-                continue
-            one, other = metrics[name].aggregate(), metric.aggregate()
-            errors[f"{data_format}/{name}"] = abs(float(one) - float(other)) / max(1.0, abs(float(other)))
+        expected = torch.nn.functional.pad(problem.logits.grad, (0, COLUMNS - V))[:, mine]
+        for name, error in problem.errors(found, metrics, part.grad, expected).items():
+            errors[f"{data_format}/{name}"] = error
     return errors
+
+
+def _compare_sequence_parallel(rank: int, world_size: int, group: dist.ProcessGroup) -> Errors:
+    """The loss on the rank's share of the tokens, as FSDP's Ulysses deals them out, and verl's gathering of it."""
+    from verl.utils.ulysses import gather_outputs_and_unpad, set_ulysses_sequence_parallel_group, slice_input_tensor
+
+    problem = _Problem()
+    set_ulysses_sequence_parallel_group(group)
+    leaf = problem.logits.detach().clone().requires_grad_()
+    share = slice_input_tensor(leaf / TEMPERATURE, dim=0)
+    outputs = problem.loss(student_logits=share.unsqueeze(0), data=problem.data)
+    padding = share.shape[0] * world_size - leaf.shape[0]
+    gathered = {
+        key: gather_outputs_and_unpad(one.squeeze(0), gather_dim=0, unpad_dim=0, padding_size=padding)
+        for key, one in outputs.items()
+    }
+    found, metrics = problem.aggregate(gathered)
+    found.backward()
+    set_ulysses_sequence_parallel_group(None)
+    # verl multiplies by the number of ranks in gathering, as FSDP averages their gradients
+    gradient = leaf.grad / world_size
+    dist.all_reduce(gradient, group=group)
+    errors = problem.errors(found, metrics, gradient, problem.logits.grad)
+    return {f"ulysses/{name}": error for name, error in errors.items()}
 
 
 if __name__ == "__main__":
