@@ -18,7 +18,7 @@ help: ## Show this list
 
 setup: $(INSTALLED) ## Make .venv from the locks, unless it is up to date (PYTHON=… names the interpreter)
 
-$(INSTALLED): pyproject.toml requirements/cpu.lock requirements/cpu-overrides.txt requirements/tools.lock requirements/megatron.lock requirements/install.sh
+$(INSTALLED): pyproject.toml requirements/cpu.lock requirements/cpu-overrides.txt requirements/tools.lock requirements/isolated.lock requirements/install.sh
 	@requirements/install.sh
 	@touch $@
 

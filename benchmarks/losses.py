@@ -577,14 +577,11 @@ def machine(device: str, threads: int) -> dict[str, str | int | float]:
     return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
-def write_results(output: Path, device: str, facts: Mapping[str, object], rows: Sequence[Row]) -> None:
+def write_results(output: Path, device: str, rows: Sequence[Row]) -> None:
     """Write this device's rows; those that another device left in the file stay."""
-    stored = json.loads(output.read_text()) if output.is_file() else {"machines": {}, "rows": []}
-    results = {
-        "machines": stored["machines"] | {device: dict(facts)},
-        "rows": [one for one in stored["rows"] if one["device"] != device] + list(rows),
-    }
+    stored = json.loads(output.read_text()) if output.is_file() else []
     output.parent.mkdir(parents=True, exist_ok=True)
+    results = [one for one in stored if one["device"] != device] + list(rows)
     output.write_text(json.dumps(results, indent=1) + "\n")
 
 
@@ -618,8 +615,8 @@ def main(
         console.print(f"the machine is busy (load {facts['load']}): times will be off", style="yellow", highlight=False)
     for group in cells(device, S, V, K, impls=impl):
         rows += [row(cell, measured) for cell, measured in run_group(group, take, console)]
-    write_results(output, device, facts, rows)
-    console.print(table(rows), ratio_table(rows))
+    write_results(output, device, rows)
+    console.print(facts, table(rows), ratio_table(rows))
 
 
 if __name__ == "__main__":

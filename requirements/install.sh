@@ -45,4 +45,4 @@ echo "installing the environment into .venv (3 GB, or 7 GB with a CUDA build of 
 # Compiled now: a run starts a dozen processes, and where PYTHONDONTWRITEBYTECODE is set each would compile it all again.
 "${uv[@]}" --compile-bytecode --require-hashes -r requirements/cpu.lock
 "${uv[@]}" --no-build-isolation --editable .
-"${uv[@]}" --compile-bytecode --require-hashes --target .venv/megatron -r requirements/megatron.lock
+"${uv[@]}" --compile-bytecode --require-hashes --target .venv/isolated -r requirements/isolated.lock

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Write the locks, every distribution with its hashes. Arguments go to `uv pip compile`, e.g. --upgrade.
 #   tools.lock     programs that set-up and tests call
-#   megatron.lock  what the tests alone need of Megatron
+#   isolated.lock  what single tests need, apart from the rest
 #   cpu.lock       the CPU environment, less torch and what only torch's CUDA build needs: pip installs torch,
 #                  from whichever build the machine offers
 set -euo pipefail
@@ -14,9 +14,9 @@ compile() {
 }
 
 compile requirements/tools.in --output-file requirements/tools.lock "$@"
-compile requirements/megatron.in --no-deps --output-file requirements/megatron.lock "$@"
+compile requirements/isolated.in --no-deps --output-file requirements/isolated.lock "$@"
 compile pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
-    --no-emit-package gkd --no-emit-package torch \
+    --no-emit-package gkd --no-emit-package torch --no-emit-package triton \
     --output-file requirements/cpu.lock "$@"
 python3 - requirements/cpu.lock <<'PY'
 import pathlib

@@ -255,7 +255,7 @@ def test_teaching_by_advantages(workspace: Workspace) -> None:
     save_model(sure, workspace.folder / "sure_teacher")
     teacher, endpoint, _ = workspace.start_teacher("teacher_advantages", model="sure_teacher")
     changes = {f"{ACTOR}.gkd_divergence": "policy_gradient", f"{ROLLOUT}.n": 4}
-    started = _start(workspace, "2_gkd_only", endpoint, changes, num_steps=3)
+    started = _start(workspace, "2_gkd_only", endpoint, changes, name="advantages", num_steps=3)
     [steps] = _finish(workspace, started)
     assert len(steps) == 3
     _check_rollouts_follow_the_weights(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 from tests.support import kernel_check
-from tests.support.ranks import ROOT
+from tests.support.ranks import ISOLATED, ROOT
 
 
 def test_interpreted_kernels_equal_the_torch_form() -> None:
     """Value, gradient and statistics of every form, by Triton's interpreter in a process of its own."""
     command = [sys.executable, "-m", kernel_check.__name__, "cpu"]
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "2"}
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ISOLATED}", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == f"{kernel_check.NUM_CASES} cases agree"

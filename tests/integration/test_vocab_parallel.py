@@ -17,7 +17,7 @@ async def test_split_vocabulary_equals_the_dense_form(tmp_path: Path) -> None:
     And the whole loss through verl's own Megatron packing and LM-head hook, in both of its layouts, and on the shares
     of FSDP's sequence parallelism.
     """
-    errors = await run_ranks(vocabulary_ranks.__name__, folder=tmp_path, world_size=max(SPLITS), megatron=True)
+    errors = await run_ranks(vocabulary_ranks.__name__, folder=tmp_path, world_size=max(SPLITS), isolated=True)
     engine = {name: error for name, error in errors.items() if name.split("/")[1] in ENGINES}
     forms = {name: error for name, error in errors.items() if name not in engine}
     assert len(forms) == len(SPLITS) * len(DIVERGENCES) * len(TAILS) * 2 * 5

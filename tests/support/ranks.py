@@ -13,20 +13,20 @@ import torch
 
 TIMEOUT_S = 240.0
 ROOT = Path(__file__).parents[2]
-MEGATRON = Path(sys.prefix) / "megatron"
-"""Where set-up puts Megatron's core: in no other process's way."""
+ISOLATED = Path(sys.prefix) / "isolated"
+"""Where set-up puts Megatron's core and Triton: in no other process's way."""
 
 
-async def run_ranks(module: str, *arguments: str, folder: Path, world_size: int, megatron: bool = False) -> Any:
+async def run_ranks(module: str, *arguments: str, folder: Path, world_size: int, isolated: bool = False) -> Any:
     """Start `python -m module ARGUMENTS OUTPUT` once per rank; returns what rank 0 saved at OUTPUT by torch.
 
-    RANK, WORLD_SIZE and DIST_INIT_METHOD are in each one's environment, and Megatron can be imported where asked for.
+    RANK, WORLD_SIZE and DIST_INIT_METHOD are in each one's environment; what is isolated can be imported if asked for.
     """
     output = folder / f"{world_size}.pt"
     environment = os.environ | {
         "WORLD_SIZE": f"{world_size}",
         "DIST_INIT_METHOD": f"file://{folder}/rendezvous-{world_size}",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{MEGATRON}" if megatron else f"{ROOT}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ISOLATED}" if isolated else f"{ROOT}",
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", module, *arguments, f"{output}"]
