@@ -64,6 +64,14 @@ def test_memory_is_counted_to_the_byte() -> None:
     assert (forward_bytes, bytes_of_both) == (logits.nbytes, 3 * logits.nbytes)
 
 
+@pytest.mark.parametrize("num_logprobs", [16, 256])
+def test_the_loss_needs_a_twentieth_of_the_logits_beside_them(num_logprobs: int) -> None:
+    """Forward and backward, beyond the logits and their gradient: a block of rows and a few numbers per entry."""
+    cell = losses.Cell(impl="ours", divergence="forward_kl", device="cpu", S=1024, V=48_000, K=num_logprobs)
+    measured = losses.measure(cell, repeats=1, warm_up=1)
+    assert measured.extra_peak_bytes < 0.05 * 1024 * 48_000 * torch.bfloat16.itemsize
+
+
 def test_memory_unknown_to_the_allocator_is_refused() -> None:
     """The process's own growth shows what the trace can't see."""
     size = int(2 * losses.UNSEEN_BYTES)

@@ -142,11 +142,8 @@ def write_outside(out_TW: Tensor, rows: Rows, coefficient_S: Tensor, reference_S
 
 
 def write_targets(out_TW: Tensor, rows: Rows, targets: Targets, values_SK: Tensor) -> None:
-    """Write the targets' entries into `out_TW`."""
+    """Write the targets' entries into `out_TW`; not by scatter, which on a CPU copies half-precision tensors whole."""
     ids_SK, values_SK = targets.ids_SK.long(), values_SK.to(out_TW.dtype)
-    if rows.rows_S is None and targets.owned_SK is None:
-        out_TW.scatter_(-1, ids_SK, values_SK)
-        return
     row_SK = (torch.arange(rows.num_rows, device=ids_SK.device) if rows.rows_S is None else rows.rows_S).unsqueeze(-1)
     owned = slice(None) if targets.owned_SK is None else targets.owned_SK
     out_TW[row_SK.expand_as(ids_SK)[owned], ids_SK[owned]] = values_SK[owned]
