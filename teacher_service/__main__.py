@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import sys
 import types
@@ -14,6 +15,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from teacher_service.config import ServiceSettings, flag_of, load_settings, variable_of
+from teacher_service.engine.options import EngineOptions
 from teacher_service.errors import SettingsError, TeacherServiceError
 
 if TYPE_CHECKING:
@@ -83,20 +85,9 @@ async def _serve(settings: ServiceSettings, build_engine: Callable[[ServiceSetti
 def _build_engine(settings: ServiceSettings) -> Engine:
     from teacher_service.engine.factory import build_engine
 
-    return build_engine(
-        settings.engine,
-        model=settings.model,
-        dtype=settings.dtype,
-        device=settings.device,
-        max_model_len=settings.max_model_len,
-        max_num_logprobs=settings.max_num_logprobs,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        kv_cache_bytes=settings.kv_cache_bytes,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        enforce_eager=settings.enforce_eager,
-    )
+    # a setting that an engine takes has the same name there
+    shared = {one.name for one in dataclasses.fields(EngineOptions)} & set(ServiceSettings.model_fields)
+    return build_engine(settings.engine, EngineOptions(**{name: getattr(settings, name) for name in shared}))
 
 
 def _fail(error: TeacherServiceError, exit_code: int) -> NoReturn:

@@ -42,7 +42,12 @@ class ServiceSettings(BaseSettings):
     max_model_len: int | None = Field(None, ge=2, description="Longest sequence in tokens; unset: the model's own.")
     max_num_logprobs: int = Field(256, ge=0, description="Largest num_logprobs a request may ask for.")
     device: DeviceName = Field("auto", description="Where transformers computes: cpu, cuda or auto.")
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that vLLM spreads the model over.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that vLLM spreads each layer over.")
+    pipeline_parallel_size: int = Field(1, ge=1, description="Groups of GPUs that vLLM spreads the layers over.")
+    data_parallel_size: int = Field(1, ge=1, description="Replicas of the model behind one vLLM engine.")
+    quantization: str | None = Field(None, description="How vLLM reads quantised weights; unset: as the model says.")
+    lora: str | None = Field(None, min_length=1, description="Directory of a LoRA adapter to answer with (vLLM).")
+    fast_route: bool = Field(False, description="Whether vLLM may score by the fast route; else by its public one.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory that vLLM may take.")
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Size of vLLM's KV cache; unset: from the share above, or 1 GiB on a CPU."

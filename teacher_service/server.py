@@ -118,7 +118,12 @@ class TeacherServer:
         self._scorer.open(info)
         await self._grpc.set_serving(serving=True)
         self.ready.set()
-        self._telemetry.logger.info("ready", model=info.model_name, engine=info.name, dtype=info.dtype)
+        self._telemetry.engine_loaded(info.name, info.route)
+        for warning in info.warnings:
+            self._telemetry.logger.warning(warning)
+        self._telemetry.logger.info(
+            "ready", model=info.model_name, engine=info.name, route=info.route, dtype=info.dtype
+        )
         cause = await self._engine.wait_dead()
         self._scorer.fail(cause)
         await self._grpc.set_serving(serving=False)

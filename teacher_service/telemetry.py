@@ -84,6 +84,12 @@ class Telemetry:
         self._tokens_scored = Counter(
             "teacher_tokens_scored_total", "Positions that were scored and answered.", registry=self.registry
         )
+        self._engine_info = Gauge(
+            "teacher_engine_route",
+            "1 for the engine and the way of scoring that it takes (`fast` or `flat` for vllm).",
+            ["engine", "route"],
+            registry=self.registry,
+        )
         self._queue_s = self._histogram("teacher_queue_seconds", "Seconds waiting for admission.")
         self._engine_s = self._histogram("teacher_engine_seconds", "Seconds in the engine.")
         self._encode_s = self._histogram("teacher_encode_seconds", "Seconds turning arrays into bytes.")
@@ -92,6 +98,10 @@ class Telemetry:
     def watch(self, name: str, description: str, read: Callable[[], float]) -> None:
         """Offer a gauge that is read when metrics are collected."""
         Gauge(name, description, registry=self.registry).set_function(read)
+
+    def engine_loaded(self, engine: str, route: str) -> None:
+        """Say which engine scores, and how."""
+        self._engine_info.labels(engine, route).set(1)
 
     @contextmanager
     def request(self, method: str) -> Iterator[RequestRecord]:

@@ -100,3 +100,7 @@ class EngineInfo:
     """Largest K the engine can answer."""
     capabilities: frozenset[Capability]
     """What the engine can do beyond top-k and sampled logprobs at temperature 1 (wire types are the service's)."""
+    route: str = "only"
+    """Which of its ways of scoring the engine takes."""
+    warnings: tuple[str, ...] = ()
+    """What the operator should know: a slower way taken, and why."""

@@ -111,13 +111,15 @@ def weight_files(directory: Path) -> Sequence[Path]:
     return ()
 
 
-def weights_digest(directory: Path) -> str | None:
+def weights_digest(*directories: Path) -> str | None:
     """SHA-256, lowercase hex, over each weight file's name, size, header and samples; None without weight files.
+
+    Of several folders, such as a model's and its adapter's, the files follow each other.
 
     Reads at most the header and `SAMPLES_PER_FILE * SAMPLE_BYTES` of a file, so a change that touches only bytes
     between the samples of a large file goes unseen. Training changes all of them.
     """
-    files = weight_files(directory)
+    files = [path for directory in directories for path in weight_files(directory)]
     if not files:
         return None
     whole = hashlib.sha256()

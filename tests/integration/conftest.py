@@ -13,6 +13,7 @@ import pytest_asyncio
 import torch
 
 from teacher_service.engine.factory import build_engine
+from teacher_service.engine.options import EngineOptions
 from tests.support.engines import Started
 from tests.support.models import write_checkpoint
 
@@ -32,7 +33,7 @@ def bfloat16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def reference(float32_checkpoint: Path) -> AsyncIterator[Started]:
     """The transformers engine on the float32 checkpoint."""
-    engine = build_engine("transformers", model=str(float32_checkpoint))
+    engine = build_engine("transformers", EngineOptions(model=str(float32_checkpoint)))
     yield Started(engine, await engine.start())
     await engine.close()
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from teacher_service.engine.factory import build_engine
+from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.transformers import TransformersEngine
 from teacher_service.errors import EngineError, EngineStartError
 from teacher_service.types import Capability, ScoreJob
@@ -141,7 +142,7 @@ async def test_a_torn_download_stops_the_start(float32_checkpoint: Path, tmp_pat
     """Weights that end too early are an error that names the folder."""
     torn = shutil.copytree(float32_checkpoint, tmp_path / "torn")
     os.truncate(torn / "model.safetensors", 1000)
-    engine = build_engine("transformers", model=str(torn))
+    engine = build_engine("transformers", EngineOptions(model=str(torn)))
     with pytest.raises(EngineStartError, match=str(torn)):
         await engine.start()
     await engine.close()

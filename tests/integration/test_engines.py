@@ -22,6 +22,7 @@ import torch
 from protos.arrays import ScoreArrays
 from teacher_service.engine.base import Engine
 from teacher_service.engine.factory import build_engine
+from teacher_service.engine.options import EngineOptions
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
 from teacher_service.types import EngineInfo, ScoreJob
 from tests.support.engines import Started, job, random_tokens, score_all
@@ -68,8 +69,11 @@ def random_jobs(*, count: int, seed: int) -> list[ScoreJob]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def vllm(float32_checkpoint: Path, socket_base: Path) -> AsyncIterator[Started]:
-    """The vLLM engine on the float32 checkpoint."""
-    engine = build_engine("vllm", model=str(float32_checkpoint), max_num_logprobs=V, kv_cache_bytes=64 << 20)
+    """The vLLM engine on the float32 checkpoint, by its public route."""
+    engine = build_engine(
+        "vllm",
+        EngineOptions(model=str(float32_checkpoint), max_num_logprobs=V, kv_cache_bytes=64 << 20, fast_route=False),
+    )
     yield Started(engine, await asyncio.wait_for(engine.start(), START_TIMEOUT_S))
     await engine.close()
 
@@ -80,7 +84,7 @@ async def test_a_model_that_is_none_stops_the_start(name: str, tmp_path: Path) -
     (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture", "dtype": "float32"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     for model in ("/no/such/model", str(tmp_path)):
-        engine = build_engine("vllm" if name == "vllm" else "transformers", model=model)
+        engine = build_engine("vllm" if name == "vllm" else "transformers", EngineOptions(model=model))
         with pytest.raises(EngineStartError) as caught:
             await engine.start()
         assert model in str(caught.value)
@@ -90,7 +94,9 @@ async def test_a_model_that_is_none_stops_the_start(name: str, tmp_path: Path) -
 async def test_scoring_needs_a_started_engine(float32_checkpoint: Path) -> None:
     """Before `start` and after `close`, which may be called at any time, a job fails as with a dead engine."""
     for name in ("transformers", "vllm"):
-        engine = build_engine("vllm" if name == "vllm" else "transformers", model=str(float32_checkpoint))
+        engine = build_engine(
+            "vllm" if name == "vllm" else "transformers", EngineOptions(model=str(float32_checkpoint))
+        )
         await engine.close()
         with pytest.raises(EngineDeadError):
             await engine.score(job(np.int32([1, 2])))
@@ -133,7 +139,7 @@ async def assert_same_topk(ours: ScoreArrays, asked: ScoreJob, oracle: Engine, *
 
 
 async def test_vllm_says_what_it_is(vllm: Started, reference: Started) -> None:
-    """One place of the context goes to the token that vLLM generates; it has no further capability."""
+    """One place of the context goes to the token that vLLM generates; its public route has no further capability."""
     info = vllm.info
     assert (info.name, info.vocab_rows, info.max_num_logprobs) == ("vllm", V, V)
     assert (info.max_model_len, info.max_request_tokens) == (MAX_LEN, MAX_LEN - 1)
@@ -189,8 +195,10 @@ async def test_vllm_bfloat16_equals_the_reference_and_its_death_is_noticed(
     bfloat16_checkpoint: Path, socket_base: Path
 ) -> None:
     """bf16 is within 2e-2 in the median. Killed while idle, it tells within seconds, fails jobs, and cleans up."""
-    oracle = build_engine("transformers", model=str(bfloat16_checkpoint))
-    engine = build_engine("vllm", model=str(bfloat16_checkpoint), max_num_logprobs=16, kv_cache_bytes=64 << 20)
+    oracle = build_engine("transformers", EngineOptions(model=str(bfloat16_checkpoint)))
+    engine = build_engine(
+        "vllm", EngineOptions(model=str(bfloat16_checkpoint), max_num_logprobs=16, kv_cache_bytes=64 << 20)
+    )
     loop = asyncio.get_running_loop()
     try:
         await oracle.start()
@@ -248,7 +256,7 @@ async def test_vllm_is_stopped_where_the_kernel_would_kill_it(
 
 async def test_a_load_that_is_given_up_leaves_no_process(float32_checkpoint: Path, socket_base: Path) -> None:
     """`close` during `start` ends the load and whatever it had started."""
-    engine = build_engine("vllm", model=str(float32_checkpoint), kv_cache_bytes=64 << 20)
+    engine = build_engine("vllm", EngineOptions(model=str(float32_checkpoint), kv_cache_bytes=64 << 20))
     loading = asyncio.create_task(engine.start())
     while not any("EngineCore" in one.name() or "spawn_main" in str(one.cmdline()) for one in own_children()):
         assert not loading.done()

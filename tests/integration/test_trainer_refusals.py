@@ -15,6 +15,7 @@ import pytest
 from examples.sort_digits.models import STUDENT_SIZE, build_model, save_model
 from examples.sort_digits.task import TaskConfig, make_splits, write_splits
 from teacher_service.engine.factory import build_engine
+from teacher_service.engine.options import EngineOptions
 from tests.support.processes import kill_tree
 from tests.support.service import running_service
 from tests.support.trainer import TrainerRun
@@ -98,7 +99,7 @@ async def test_teacher_with_another_token_map_is_refused(run: TrainerRun, tmp_pa
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
     tokenizer_path.write_text(json.dumps(tokenizer))
-    engine = build_engine("transformers", model=str(tmp_path / "teacher"))
+    engine = build_engine("transformers", EngineOptions(model=str(tmp_path / "teacher")))
     async with running_service(engine) as service:
         message = await _refusal(TrainerRun(**{**vars(run), "endpoint": service.addresses.grpc}), {})
     assert "does not fit" in message

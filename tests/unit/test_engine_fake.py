@@ -10,6 +10,7 @@ import pytest
 from protos.arrays import check_score_arrays
 from teacher_service.engine.factory import build_engine
 from teacher_service.engine.fake import FakeEngine, expected_logprobs
+from teacher_service.engine.options import EngineOptions
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
 from teacher_service.types import Capability, ScoreJob
 
@@ -193,6 +194,6 @@ async def test_loading_can_be_held_and_can_fail() -> None:
 
 async def test_the_factory_builds_it_without_a_model() -> None:
     """`fake` needs no model; the others name what is missing."""
-    assert (await build_engine("fake", max_model_len=77).start()).max_request_tokens == 77
+    assert (await build_engine("fake", EngineOptions(max_model_len=77)).start()).max_request_tokens == 77
     with pytest.raises(EngineStartError, match="no model"):
-        build_engine("transformers")
+        build_engine("transformers", EngineOptions())

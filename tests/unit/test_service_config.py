@@ -34,6 +34,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_line_of_help() -> None:
     assert set(re.findall(r"--[a-z0-9-]+", text)) == {flag_of(name) for name in ServiceSettings.model_fields} | {
         "--help",
         "--no-enforce-eager",
+        "--no-fast-route",
         "--model",
     }
 

@@ -1,7 +1,7 @@
-"""vLLM's `AsyncLLM`, in process, over its public prompt-logprobs route.
+"""vLLM's `AsyncLLM`, in process: by the fast route where it fits this vLLM, else by public prompt logprobs.
 
 vLLM has no call that only scores: a request also generates one token, which takes one place of the context window.
-Its prompt logprobs are those of temperature 1, whatever the request says.
+The public route's prompt logprobs are those of temperature 1, whatever the request says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,12 @@ import numpy as np
 from protos.arrays import ScoreArrays
 from teacher_service.engine import model_files
 from teacher_service.engine.numerics import checked
+from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.vllm import environment
-from teacher_service.engine.vllm.flat_logprobs import FlatLogprobs, score_arrays
+from teacher_service.engine.vllm.adapter import Adapter
+from teacher_service.engine.vllm.fast import frontend, probe, self_check
 from teacher_service.engine.vllm.processes import EngineProcesses, children
+from teacher_service.engine.vllm.routes import NUM_GENERATED_TOKENS, FastRoute, FlatRoute, Route
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
 from teacher_service.types import EngineInfo, ScoreJob
 
@@ -37,7 +40,11 @@ short one."""
 CPU_WORKER = "teacher_service.engine.vllm.cpu_worker.AmxPermittedCPUWorker"
 DEATH_POLL_S = 0.2
 SHUTDOWN_TIMEOUT_S = 15.0
-NUM_GENERATED_TOKENS = 1
+WORKER_EXTENSION = "teacher_service.engine.vllm.fast.worker.ScoringExtension"
+SCHEDULER = "teacher_service.engine.vllm.fast.scheduler.PrefixCappedScheduler"
+INSTALL_TIMEOUT_S = 60.0
+MIN_LORA_RANK = 16
+"""vLLM's default; it takes adapters up to the rank that it was started with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,44 +52,22 @@ class _Running:
     llm: AsyncLLM
     processes: EngineProcesses
     info: EngineInfo
+    route: Route
+    adapter: Adapter | None
 
 
 class VllmEngine:
-    """One vLLM engine. Top-k and sampled logprobs at temperature 1; the tail mass is one minus the top-k's."""
+    """One vLLM engine. By the fast route all capabilities; else top-k and sampled logprobs at temperature 1."""
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        dtype: str = "auto",
-        max_model_len: int | None = None,
-        max_num_logprobs: int = 256,
-        seed: int = 0,
-        gpu_memory_utilization: float = 0.9,
-        kv_cache_bytes: int | None = None,
-        tensor_parallel_size: int = 1,
-        max_num_batched_tokens: int | None = None,
-        max_num_seqs: int | None = None,
-        enforce_eager: bool | None = None,
-    ) -> None:
-        """An engine that loads nothing yet. Arguments: `build_engine`."""
-        self._model = model
-        self._dtype = dtype
-        self._max_model_len = max_model_len
-        self._max_num_logprobs = max_num_logprobs
-        self._seed = seed
-        self._gpu_memory_utilization = gpu_memory_utilization
-        self._kv_cache_bytes = kv_cache_bytes
-        self._tensor_parallel_size = tensor_parallel_size
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_seqs = max_num_seqs
-        self._enforce_eager = enforce_eager
+    def __init__(self, options: EngineOptions) -> None:
+        """An engine that loads nothing yet."""
+        self._options = options
         self._folder: environment.EngineFolder | None = None
         self._loading: asyncio.Task[_Running] | None = None
         self._earlier_children = frozenset[BaseProcess]()
         self._is_closed = False
         self._running: _Running | None = None
-        self._in_flight: set[asyncio.Task[FlatLogprobs]] = set()
+        self._in_flight: set[asyncio.Task[ScoreArrays]] = set()
 
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
@@ -92,13 +77,14 @@ class VllmEngine:
         self._loading = asyncio.create_task(asyncio.to_thread(self._load))
         running = await asyncio.shield(self._loading)
         if self._is_closed:
-            raise EngineStartError(f"the engine was closed while it loaded {self._model!r}")
+            raise EngineStartError(f"the engine was closed while it loaded {self._options.model!r}")
         self._running = running
         try:
+            self._running = running = await self._take_fast_route(running)
             await self._warm_up(running.info)
         except (EngineError, EngineDeadError) as exc:
             await self.close()
-            raise EngineStartError(f"vLLM loaded {self._model!r} but can't score with it: {exc}") from exc
+            raise EngineStartError(f"vLLM loaded {self._options.model!r} but can't score with it: {exc}") from exc
         return running.info
 
     async def score(self, job: ScoreJob) -> ScoreArrays:
@@ -107,9 +93,7 @@ class VllmEngine:
         if running is None:
             raise EngineDeadError("the engine holds no model: it is not started, or closed")
         with _vllm_errors_translated(running, job):
-            flat_logprobs = await self._unless_closed(_prompt_logprobs(running.llm, job))
-        vocab_rows = running.info.vocab_rows
-        return checked(score_arrays(flat_logprobs, job, vocab_rows=vocab_rows), job, vocab_rows=vocab_rows)
+            return await self._unless_closed(_score(running, running.route, job))
 
     async def wait_dead(self) -> BaseException:
         """See `Engine.wait_dead`."""
@@ -137,7 +121,7 @@ class VllmEngine:
         if folder is not None:
             folder.remove()
 
-    async def _unless_closed(self, request: Coroutine[None, None, FlatLogprobs]) -> FlatLogprobs:
+    async def _unless_closed(self, request: Coroutine[None, None, ScoreArrays]) -> ScoreArrays:
         task = asyncio.create_task(request)
         self._in_flight.add(task)
         try:
@@ -158,6 +142,30 @@ class VllmEngine:
             await asyncio.wait({loading}, timeout=DEATH_POLL_S)
         return None if loading.cancelled() or loading.exception() else loading.result()
 
+    async def _take_fast_route(self, running: _Running) -> _Running:
+        """With the fast route, if it fits and scores a sequence as the public one does; else as it was, and said so."""
+        if not self._options.fast_route:
+            return running
+        fast = replace(
+            running,
+            route=FastRoute(),
+            info=replace(running.info, route=FastRoute().name, capabilities=FastRoute().capabilities),
+        )
+        try:
+            await _install_fast_route(running)
+            job = self_check.make_job(running.info)
+            with _vllm_errors_translated(running, job):
+                public = await self._unless_closed(_score(running, running.route, job))
+                ours = await self._unless_closed(_score(fast, fast.route, job))
+            self_check.compare(ours, public, dtype=running.info.dtype)
+        except (probe.ProbeError, EngineError) as exc:
+            warning = (
+                "scoring by vLLM's public route, several times slower and without temperature, entropy and candidates: "
+                f"{exc}"
+            )
+            return replace(running, info=replace(running.info, warnings=(warning,)))
+        return fast
+
     async def _warm_up(self, info: EngineInfo) -> None:
         """Score the shortest sequence: the first request compiles, and starts the listener that notices death."""
         job = ScoreJob(
@@ -169,18 +177,20 @@ class VllmEngine:
         await self.score(job)
 
     def _load(self) -> _Running:
-        directory = model_files.locate_model(self._model)
+        model = str(self._options.model)
+        directory = model_files.locate_model(model)
         tokenizer = model_files.tokenizer_manifest(directory)
-        weights_digest = model_files.weights_digest(directory)
+        adapter = None if self._options.lora is None else Adapter.read(self._options.lora)
+        weights_digest = model_files.weights_digest(directory, *([] if adapter is None else [adapter.folder]))
         dtype = self._dtype_of(directory)
         environment.set_defaults()
         self._folder = environment.EngineFolder()
         try:
-            llm = self._build(directory, dtype)
+            llm = self._build(directory, dtype, adapter)
         except Exception as exc:
             self._folder.remove()
             raise EngineStartError(
-                f"vLLM can't load model {self._model!r} from {directory}: {exc}; where its process failed, its log "
+                f"vLLM can't load model {model!r} from {directory}: {exc}; where its process failed, its log "
                 "above names the cause. Usual ones: an architecture that this version lacks, or too little memory "
                 "(lower max_model_len, kv_cache_bytes or gpu_memory_utilization)"
             ) from exc
@@ -188,32 +198,43 @@ class VllmEngine:
 
         config = llm.vllm_config.model_config
         vocab_rows = int(config.get_vocab_size())
+        route = FlatRoute(vocab_rows)
         info = EngineInfo(
             name="vllm",
             version=str(__version__),
-            model_name=model_files.model_name(self._model),
+            model_name=model_files.model_name(model),
             weights_digest=weights_digest,
             tokenizer=tokenizer,
             vocab_rows=vocab_rows,
             dtype=str(config.dtype).removeprefix("torch."),
             max_model_len=int(config.max_model_len),
             max_request_tokens=int(config.max_model_len) - NUM_GENERATED_TOKENS,
-            max_num_logprobs=min(self._max_num_logprobs, vocab_rows),
-            capabilities=frozenset(),
+            max_num_logprobs=min(self._options.max_num_logprobs, vocab_rows),
+            capabilities=route.capabilities,
+            route=route.name,
         )
-        return _Running(llm=llm, processes=EngineProcesses(children() - self._earlier_children), info=info)
+        return _Running(
+            llm=llm,
+            processes=EngineProcesses(children() - self._earlier_children),
+            info=info,
+            route=route,
+            adapter=adapter,
+        )
 
     def _dtype_of(self, directory: Path) -> str:
         """The type asked for. vLLM's own `auto` would turn a float32 checkpoint into bfloat16."""
-        return model_files.checkpoint_dtype(directory) or "auto" if self._dtype == "auto" else self._dtype
+        asked = self._options.dtype
+        return model_files.checkpoint_dtype(directory) or "auto" if asked == "auto" else asked
 
-    def _build(self, directory: Path, dtype: str) -> AsyncLLM:
+    def _build(self, directory: Path, dtype: str, adapter: Adapter | None) -> AsyncLLM:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        options = self._options
         is_cpu = current_platform.is_cpu()
-        enforce_eager = is_cpu if self._enforce_eager is None else self._enforce_eager
+        in_process = is_cpu and options.tensor_parallel_size * options.pipeline_parallel_size == 1
+        enforce_eager = is_cpu if options.enforce_eager is None else options.enforce_eager
         if is_cpu and enforce_eager:
             environment.forbid_compiling()
         arguments = AsyncEngineArgs(
@@ -221,25 +242,45 @@ class VllmEngine:
             skip_tokenizer_init=True,  # ids in, ids out
             generation_config="vllm",  # the checkpoint's sampling defaults are no part of scoring
             dtype=dtype,
-            max_model_len=self._max_model_len,
-            max_logprobs=self._max_num_logprobs,
-            seed=self._seed,
-            gpu_memory_utilization=self._gpu_memory_utilization,
-            kv_cache_memory_bytes=CPU_KV_CACHE_BYTES if is_cpu and not self._kv_cache_bytes else self._kv_cache_bytes,
-            tensor_parallel_size=self._tensor_parallel_size,
-            distributed_executor_backend=IN_PROCESS_EXECUTOR if is_cpu and self._tensor_parallel_size == 1 else None,
+            quantization=options.quantization,
+            enable_lora=adapter is not None,
+            max_lora_rank=MIN_LORA_RANK if adapter is None else max(MIN_LORA_RANK, adapter.rank),
+            max_model_len=options.max_model_len,
+            max_logprobs=options.max_num_logprobs,
+            seed=options.seed,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            kv_cache_memory_bytes=options.kv_cache_bytes or (CPU_KV_CACHE_BYTES if is_cpu else None),
+            tensor_parallel_size=options.tensor_parallel_size,
+            pipeline_parallel_size=options.pipeline_parallel_size,
+            data_parallel_size=options.data_parallel_size,
+            distributed_executor_backend=IN_PROCESS_EXECUTOR if in_process else None,
             worker_cls=CPU_WORKER if is_cpu else "auto",
-            max_num_batched_tokens=self._max_num_batched_tokens,
-            max_num_seqs=self._max_num_seqs,
+            worker_extension_cls=WORKER_EXTENSION if options.fast_route else "",
+            scheduler_cls=SCHEDULER if options.fast_route else None,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_seqs=options.max_num_seqs,
             enforce_eager=enforce_eager,
-            enable_prefix_caching=False,  # vLLM never reads it for prompt logprobs
+            enable_prefix_caching=options.fast_route,  # vLLM never reads it for public prompt logprobs
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
         return AsyncLLM.from_engine_args(arguments)
 
 
-async def _prompt_logprobs(llm: AsyncLLM, job: ScoreJob) -> FlatLogprobs:
+async def _install_fast_route(running: _Running) -> None:
+    """Prepare this process and vLLM's workers.
+
+    Raises:
+        ProbeError: this vLLM is another than the route was written for.
+    """
+    probe.check_frontend(running.info.version)
+    frontend.install()
+    for refusal in await running.llm.collective_rpc("install_scoring", timeout=INSTALL_TIMEOUT_S):
+        if refusal is not None:
+            raise probe.ProbeError(refusal)
+
+
+async def _score(running: _Running, route: Route, job: ScoreJob) -> ScoreArrays:
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
@@ -247,18 +288,17 @@ async def _prompt_logprobs(llm: AsyncLLM, job: ScoreJob) -> FlatLogprobs:
     sampling = SamplingParams(
         max_tokens=NUM_GENERATED_TOKENS,
         temperature=0.0,
-        prompt_logprobs=job.num_logprobs,
-        flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        **route.sampling(job),
     )
-    outputs = llm.generate(tokens_input(job.token_ids.tolist()), sampling, job.request_id)
+    adapter = None if running.adapter is None else running.adapter.request()
+    outputs = running.llm.generate(tokens_input(job.token_ids.tolist()), sampling, job.request_id, lora_request=adapter)
     # Closing the generator, also by cancellation, aborts the request in the engine.
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             if output.prompt_logprobs is not None:
-                flat_logprobs: FlatLogprobs = output.prompt_logprobs
-                return flat_logprobs
+                return checked(route.score_arrays(output.prompt_logprobs, job), job, vocab_rows=running.info.vocab_rows)
     raise EngineError("vLLM answered without prompt logprobs; report this as a bug")
 
 

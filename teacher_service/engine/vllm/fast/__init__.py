@@ -1,0 +1,1 @@
+"""The fast route through vLLM: only response rows are scored, in the worker, and stay arrays all the way."""

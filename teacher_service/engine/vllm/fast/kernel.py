@@ -1,0 +1,129 @@
+"""Rows of logits to what is asked of them: exact, in blocks, without a float32 tensor of all rows.
+
+Legend: R rows, V vocabulary rows, K top-k entries, C candidates per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = {"cpu": 2 << 20}
+"""Float32 bytes of a block of rows: what stays in a core's cache."""
+BLOCK_BYTES_ELSEWHERE = 64 << 20
+GROUP = 64
+"""Tokens of which the first stage of the top-k takes the largest."""
+
+
+class Asked(NamedTuple):
+    """What is asked of each row."""
+
+    num_logprobs: int
+    """K."""
+    temperatures: Tensor | None
+    """`[R]`; None: 1 for all."""
+    sampled: Tensor
+    """`[R]` int64: the tokens that stand there."""
+    entropy: bool
+    """Whether the entropy is wanted."""
+    candidates: Tensor | None
+    """`[R, C]` int64; None: none."""
+
+
+class Scored(NamedTuple):
+    """Float32 nats of the full softmax at the row's temperature."""
+
+    sampled: Tensor
+    """`[R]`."""
+    topk_ids: Tensor
+    """`[R, K]` int32."""
+    topk: Tensor
+    """`[R, K]`, likeliest first."""
+    log_tail: Tensor
+    """`[R]`: mass outside the top-k, summed there; -inf where nothing is."""
+    entropy: Tensor | None
+    """`[R]`."""
+    candidates: Tensor | None
+    """`[R, C]`."""
+
+    def cpu(self) -> Scored:
+        """The same in main memory."""
+        return Scored(*(None if one is None else one.cpu() for one in self))  # type: ignore[arg-type] # as they are
+
+
+def score_rows(logits: Tensor, asked: Asked) -> Scored:
+    """Score `[R, V]` logits of any float type, a block at a time."""
+    num_rows, vocab_rows = logits.shape
+    size = BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES_ELSEWHERE) // (4 * vocab_rows)
+    size = max(1, min(num_rows, size))
+    buffer = torch.empty((size, vocab_rows), dtype=torch.float32, device=logits.device)
+    parts = []
+    for start in range(0, num_rows, size):
+        block = slice(start, min(start + size, num_rows))
+        z = buffer[: block.stop - block.start].copy_(logits[block])
+        parts.append(_score_block(z, asked, block))
+    return concatenate(parts)
+
+
+def concatenate(parts: Sequence[Scored]) -> Scored:
+    """One answer of its parts, at least one."""
+    columns = {name: [getattr(one, name) for one in parts] for name in Scored._fields}
+    joined = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+    return Scored(**joined)  # type: ignore[arg-type] # each is there or not in all parts alike
+
+
+def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Exact top-k of `[R, V]`, likeliest first: of groups by their largest, then of the tokens of the k best groups.
+
+    A token of the top-k lies in a group whose largest is at least as large, and there are at most k of those.
+    """
+    num_rows, width = z.shape
+    num_groups = width // GROUP
+    if 4 * k * GROUP >= width:
+        return z.topk(k, dim=-1)
+    whole = num_groups * GROUP
+    grouped = z[:, :whole].view(num_rows, num_groups, GROUP)
+    best = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices
+    tokens = grouped.gather(1, best.unsqueeze(-1).expand(-1, -1, GROUP)).flatten(1)
+    ids = (best.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=z.device)).flatten(1)
+    if whole < width:
+        tokens = torch.cat([tokens, z[:, whole:]], 1)
+        ids = torch.cat([ids, torch.arange(whole, width, device=z.device).expand(num_rows, -1)], 1)
+    values, at = tokens.topk(k, dim=-1)
+    return values, ids.gather(1, at)
+
+
+def _score_block(z: Tensor, asked: Asked, block: slice) -> Scored:
+    """One block, whose logits `z` are overwritten."""
+    k = asked.num_logprobs
+    if asked.temperatures is not None:
+        z.div_(asked.temperatures[block].unsqueeze(-1))
+    values, ids = top_k(z, k) if k else (z[:, :0], torch.empty((z.shape[0], 0), dtype=torch.int64, device=z.device))
+    largest = values[:, :1] if k else z.amax(-1, keepdim=True)
+    sampled = z.gather(-1, asked.sampled[block].unsqueeze(-1))
+    candidates = None if asked.candidates is None else z.gather(-1, asked.candidates[block])
+    z.sub_(largest)
+    mean = None
+    if asked.entropy:
+        exp = z.exp()
+        # -inf stands for probability 0, and 0 * -inf must be 0
+        mean = torch.sum(exp * z.clamp_min_(torch.finfo(z.dtype).min), -1)
+        z = exp
+    else:
+        z.exp_()
+    # the rest is summed by itself: one minus the top-k would round a small tail away
+    rest = z.scatter_(-1, ids, 0.0).sum(-1)
+    total = rest + (values - largest).exp().sum(-1)
+    log_total = total.log()
+    normaliser = largest + log_total.unsqueeze(-1)
+    return Scored(
+        sampled=(sampled - normaliser).squeeze(-1),
+        topk_ids=ids.to(torch.int32),
+        topk=values - normaliser,
+        log_tail=rest.log() - log_total,
+        entropy=None if mean is None else log_total - mean / total,
+        candidates=None if candidates is None else candidates - normaliser,
+    )

@@ -1,0 +1,79 @@
+"""The two ways of asking vLLM for a sequence's logprobs, and of reading its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from protos.arrays import ScoreArrays
+from teacher_service.engine.vllm import flat_logprobs
+from teacher_service.engine.vllm.fast import frontend
+from teacher_service.engine.vllm.fast.parameters import Parameters
+from teacher_service.types import Capability, ScoreJob
+
+NUM_GENERATED_TOKENS = 1
+
+
+class Route(Protocol):
+    """One of them."""
+
+    @property
+    def name(self) -> str:
+        """As in logs and metrics."""
+        ...
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What it can do beyond top-k and sampled logprobs at temperature 1."""
+        ...
+
+    def sampling(self, job: ScoreJob) -> dict[str, Any]:
+        """The arguments of vLLM's `SamplingParams` that ask for a job's logprobs."""
+        ...
+
+    def score_arrays(self, answer: Any, job: ScoreJob) -> ScoreArrays:
+        """What vLLM's `prompt_logprobs` hold.
+
+        Raises:
+            EngineError: they are not what was asked for.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlatRoute:
+    """vLLM's public prompt logprobs, in their flat form."""
+
+    vocab_rows: int
+    name: str = "flat"
+    capabilities: frozenset[Capability] = frozenset()
+
+    def sampling(self, job: ScoreJob) -> dict[str, Any]:
+        """See `Route.sampling`."""
+        return {"prompt_logprobs": job.num_logprobs, "flat_logprobs": True}
+
+    def score_arrays(self, answer: Any, job: ScoreJob) -> ScoreArrays:
+        """See `Route.score_arrays`."""
+        return flat_logprobs.score_arrays(answer, job, vocab_rows=self.vocab_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class FastRoute:
+    """Response rows alone, scored in the worker, with the prompt's prefix from the cache."""
+
+    name: str = "fast"
+    capabilities: frozenset[Capability] = frozenset(
+        {Capability.TEMPERATURE, Capability.CANDIDATES, Capability.ENTROPY, Capability.EXACT_TAIL_MASS}
+    )
+
+    def sampling(self, job: ScoreJob) -> dict[str, Any]:
+        """See `Route.sampling`."""
+        return {
+            "prompt_logprobs": job.num_logprobs,
+            "skip_reading_prefix_cache": False,
+            "extra_args": Parameters.of(job).pack(),
+        }
+
+    def score_arrays(self, answer: Any, job: ScoreJob) -> ScoreArrays:
+        """See `Route.score_arrays`."""
+        return frontend.score_arrays(answer, job)
