@@ -14,7 +14,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 .PHONY: help setup format lint types test test-e2e demo protos bench bench-loss bench-truncation bench-modes lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Make .venv from the locks, unless it is up to date (PYTHON=… names the interpreter)
 

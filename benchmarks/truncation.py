@@ -4,14 +4,14 @@ The demo's teacher scores what the demo's student says to held-out questions, an
 distributions is taken on the top K of the vocabulary and on all of it. Two errors of the first, over all tokens: of the
 mean value, and of the gradient by the logits (the norm of the difference over the norm of the full one).
 
-Legend: B questions, P prompt tokens, A answer tokens, V vocabulary rows, S = B x A.
+Legend: B questions, P prompt tokens, A answer tokens, V vocabulary rows, S tokens of all answers.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -30,12 +30,11 @@ from examples.sort_digits.encoding import encode_rows
 from examples.sort_digits.models import build_tokenizer
 from examples.sort_digits.pretrain import STUDENT_FOLDER, TEACHER_FOLDER, make_starting_point, progress_bar
 from examples.sort_digits.task import TaskConfig, make_splits
-from trainer.losses import topk_divergence
+from trainer.losses import TAILS, topk_divergence
 from trainer.types import Tail, TopKDivergence
 
 SEED = 0
 DIVERGENCES: tuple[TopKDivergence, ...] = ("forward_kl", "reverse_kl", "jsd")
-TAILS: tuple[Tail, ...] = ("bucket", "renormalize", "none")
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -76,8 +75,8 @@ def answer(folder: Path, *, num_questions: int) -> Distributions:
     token_ids = student.generate(
         questions.prompts, do_sample=True, top_k=0, max_new_tokens=questions.answers.shape[1], use_cache=True
     )
-    ended = (token_ids[:, questions.prompt_tokens :] == student.config.eos_token_id).cumsum(-1)
-    learned = (ended == 0) | ((ended == 1) & (token_ids[:, questions.prompt_tokens :] == student.config.eos_token_id))
+    ends = (token_ids[:, questions.prompt_tokens :] == student.config.eos_token_id).long()
+    learned = ends.cumsum(-1) - ends == 0  # up to the first end of turn, and it
     rows = slice(questions.prompt_tokens - 1, -1)
     logits = student(input_ids=token_ids).logits[:, rows][learned]
     return Distributions(logits, torch.log_softmax(teacher(input_ids=token_ids).logits[:, rows][learned], -1))
@@ -135,10 +134,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _panel(axes: Axes, rows: Sequence[Row], divergence: str, height: object) -> None:
+def _panel(axes: Axes, rows: Sequence[Row], divergence: str, height: Callable[[Row], float]) -> None:
     for tail in TAILS:
         group = [one for one in rows if (one.divergence, one.tail) == (divergence, tail)]
-        axes.plot([one.k for one in group], [height(one) for one in group], marker="o", markersize=3, label=tail)  # type: ignore[operator]
+        axes.plot([one.k for one in group], [height(one) for one in group], marker="o", markersize=3, label=tail)
     axes.set(xscale="log", xticks=[1, 2, 4, 8, 16, 32], xticklabels=["1", "2", "4", "8", "16", "32"])
     axes.grid(alpha=0.3)
 

@@ -17,18 +17,12 @@ from protos.arrays import ScoreArrays
 from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
 from teacher_service.types import Capability, ScoreJob
+from tests.integration import test_engines
 from tests.integration.test_engines import START_TIMEOUT_S, assert_same_topk
 from tests.support.engines import Started, job, random_tokens, score_all
 from tests.support.models import VOCAB_ROWS
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.timeout(600),
-    pytest.mark.usefixtures("socket_base"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*unclosed context <zmq:ResourceWarning"),
-]
+pytestmark = test_engines.pytestmark  # whatever starts vLLM needs the same
 V = VOCAB_ROWS
 TOLERANCE = 1e-4
 BLOCK_TOKENS = 128

@@ -16,8 +16,10 @@ from tests.support.ranks import ISOLATED, ROOT
 def test_interpreted_kernels_equal_the_torch_form() -> None:
     """Value, gradient and statistics of every form, by Triton's interpreter in a process of its own."""
     command = [sys.executable, "-m", kernel_check.__name__, "cpu"]
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ISOLATED}", "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    interpreted = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ISOLATED}", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        command, env=os.environ | interpreted, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == f"{kernel_check.NUM_CASES} cases agree"
 
@@ -28,6 +30,6 @@ def test_compiled_kernels_equal_the_torch_form() -> None:
     """The same on a GPU."""
     command = [sys.executable, "-m", kernel_check.__name__, "cuda"]
     done = subprocess.run(
-        command, env={"PYTHONPATH": f"{ROOT}"}, capture_output=True, text=True, timeout=240, check=False
+        command, env=os.environ | {"PYTHONPATH": f"{ROOT}"}, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]

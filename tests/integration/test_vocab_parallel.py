@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tests.support import vocabulary_ranks
 from tests.support.ranks import run_ranks
-from tests.support.vocabulary_ranks import DIVERGENCES, SPLITS, TAILS
+from tests.support.vocabulary_ranks import SPLITS
+from trainer.losses import DIVERGENCES, TAILS
 
 ENGINES = ("thd", "bshd", "ulysses")
 

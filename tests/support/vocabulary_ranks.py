@@ -18,13 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.losses import DIVERGENCES, TAILS
 from trainer.verl_adapter.cpu.environment import set_environment
 
 S, K, V, COLUMNS = 9, 6, 37, 40
 """V tokens exist; the ranks hold COLUMNS, the last three of which are padding."""
 SPLITS, TEMPERATURE = (2, 4), 0.7
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
-TAILS = ("bucket", "renormalize", "none")
 Errors = dict[str, float]
 
 

@@ -18,7 +18,7 @@ from trainer.errors import ShapeError
 from trainer.losses import rows as torch_rows
 from trainer.losses.events import divergence_on_events
 from trainer.losses.forms import DivergenceForm, TopK
-from trainer.losses.rows import ExpSums, Rows, Targets, clear_others, finite, gather, log_normaliser, write_targets
+from trainer.losses.rows import ExpSums, Rows, Targets, clear_others, finite, gather, write_targets
 from trainer.losses.vocabulary import VocabShard
 
 _EVENT_ROWS = 1024
@@ -294,7 +294,8 @@ def _total_at_one(call: _Call, rows: Rows, reading: _Reading) -> Tensor:
     """logsumexp of the logits, at temperature 1."""
     if call.form.temperature == 1:
         return reading.total_S
-    sums = log_normaliser(rows)
+    nothing = Targets(call.teacher.token_ids[:, :0], None)
+    sums: ExpSums = _backend(rows.logits_TW).outside_sums(rows, nothing, 1.0, weighted=False)
     return (sums if call.shard is None else call.shard.combine(sums)).log_sum
 
 

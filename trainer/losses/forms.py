@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from torch import Tensor
 
 from trainer.losses.events import KLTerm, kl_terms
 from trainer.types import Tail, TopKDivergence
 
-TAILS: tuple[Tail, ...] = ("bucket", "renormalize", "none")
+DIVERGENCES: tuple[TopKDivergence, ...] = get_args(TopKDivergence)
+TAILS: tuple[Tail, ...] = get_args(Tail)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def outside_sums(rows: Rows, targets: Targets, temperature: float, *, weighted: 
             max_S if targets.owned_SK is None else targets.owned_SK.to(torch.uint8).contiguous(),
             max_S, exp_S, _or(weighted_S, max_S), rows.width, k, 1 / temperature,
             HAS_ROWS=rows.rows_S is not None, HAS_OWNED=targets.owned_SK is not None, WEIGHTED=weighted,
-            K_BLOCK=triton.next_power_of_2(k), BLOCK=_block(rows.width), num_warps=NUM_WARPS,
+            K_BLOCK=triton.next_power_of_2(max(1, k)), BLOCK=_block(rows.width), num_warps=NUM_WARPS,
         )  # fmt: skip
     return ExpSums(max_S, exp_S, weighted_S)
 

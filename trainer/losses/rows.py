@@ -108,18 +108,6 @@ def outside_sums(rows: Rows, targets: Targets, temperature: float, *, weighted: 
     return ExpSums(max_S, exp_S, weighted_S)
 
 
-def log_normaliser(rows: Rows) -> ExpSums:
-    """The sums over each whole row, at temperature 1."""
-    dtype = arithmetic_dtype(rows.logits_TW)
-    max_S = torch.full((rows.num_rows,), -torch.inf, dtype=dtype, device=rows.logits_TW.device)
-    exp_S = torch.zeros_like(max_S)
-    for block, z in _blocks(rows, dtype):
-        z = z[:, : rows.width]
-        torch.amax(z, -1, out=max_S[block])
-        torch.sum(z.sub_(finite(max_S[block]).unsqueeze(-1)).exp_(), -1, out=exp_S[block])
-    return ExpSums(max_S, exp_S, None)
-
-
 def gather(rows: Rows, targets: Targets) -> Tensor:
     """Logits `[S, K]` of the targets; 0 where another rank holds the token."""
     ids_SK = targets.ids_SK.long()
