@@ -44,6 +44,12 @@ class ScoreArrays:
         return int(self.sampled_logprobs.shape[0])
 
     @property
+    def size(self) -> int:
+        """Numbers in all arrays together."""
+        arrays = (getattr(self, name) for name in self.__slots__)
+        return sum(0 if one is None else int(one.size) for one in arrays)
+
+    @property
     def num_logprobs(self) -> int:
         """K."""
         return 0 if self.topk_token_ids is None else int(self.topk_token_ids.shape[1])

@@ -56,6 +56,13 @@ class ServiceSettings(BaseSettings):
     max_num_seqs: int | None = Field(None, ge=1, description="Sequences per step of vLLM; unset: its default.")
     enforce_eager: bool | None = Field(None, description="Whether vLLM runs without compiling; unset: only on a CPU.")
     max_request_bytes: int = Field(8 * 2**20, ge=64, description="Largest body of a request, in bytes.")
+    max_response_bytes: int = Field(256 * 2**20, ge=64, description="Largest answer to a request, in bytes.")
+    memory_budget_bytes: int | None = Field(
+        None,
+        ge=2**20,
+        description="Main memory that the sequences in the engine may take; unset: half of what is free when it is "
+        "loaded.",
+    )
     max_queued_requests: int = Field(1024, ge=0, description="Sequences that may wait for the engine.")
     max_queued_tokens: int = Field(4 * 2**20, ge=2, description="Tokens that may wait for the engine.")
     max_inflight_requests: int = Field(256, ge=1, description="Sequences in the engine at a time.")

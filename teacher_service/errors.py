@@ -146,6 +146,18 @@ class RequestTooLargeError(TeacherServiceError):
     grpc_code, http_status, reason, retryable = "RESOURCE_EXHAUSTED", 413, "REQUEST_TOO_LARGE", False
 
 
+class AnswerTooLargeError(RequestTooLargeError):
+    """The answer would be over the size limit."""
+
+    reason = "ANSWER_TOO_LARGE"
+
+
+class OverMemoryBudgetError(TeacherServiceError):
+    """The sequence takes more memory than the engine has, even alone."""
+
+    grpc_code, http_status, reason, retryable = "RESOURCE_EXHAUSTED", 413, "OVER_MEMORY_BUDGET", False
+
+
 class MissingCapabilityError(TeacherServiceError):
     """The engine can't do what was asked for."""
 

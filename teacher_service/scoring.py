@@ -12,19 +12,24 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from teacher_service.admission import Admission, AdmissionLimits, Phase
+from teacher_service import memory
+from teacher_service.admission import Admission, AdmissionLimits, Demand, MemoryBudget, Phase
 from teacher_service.engine.base import Engine
 from teacher_service.engine.numerics import checked
 from teacher_service.errors import (
+    AnswerTooLargeError,
     DeadlineExceededError,
     DrainingError,
     EngineDeadError,
     TeacherServiceError,
 )
+from teacher_service.offload import off_loop
 from teacher_service.telemetry import RequestRecord
 from teacher_service.types import Capability, EngineInfo, Manifest, ScoreArrays, ScoreJob, ScoreResult, Timings
 from teacher_service.validation import ScoreRequest, validate
 
+FREE_MEMORY_SHARE = 0.5
+"""Of the free memory that scoring may take, where nothing else is said: the rest is for what no price knows."""
 UNKNOWN_VERSION = "0+unknown"
 """The service's version where the distribution is not installed, e.g. a bare source tree on the path."""
 WIRE_CAPABILITIES = frozenset({Capability.WIRE_FLOAT16, Capability.WIRE_BFLOAT16})
@@ -41,6 +46,10 @@ class ScoringLimits:
     """Largest K."""
     max_request_bytes: int
     """Largest body; transports enforce it, the manifest tells it."""
+    max_response_bytes: int
+    """Largest answer, as a message with float32."""
+    memory_budget_bytes: int | None
+    """Main memory that the work in the engine may take; None: `FREE_MEMORY_SHARE` of what is free once it is loaded."""
     max_timeout_s: float
     """Seconds a request may take, whatever its caller allows."""
 
@@ -84,6 +93,8 @@ class Scorer:
     def open(self, info: EngineInfo) -> None:
         """Take work from now on: the engine is loaded."""
         self._manifest = build_manifest(info, self._limits)
+        main_bytes = self._limits.memory_budget_bytes or int(FREE_MEMORY_SHARE * memory.free_bytes())
+        self.admission.bound_memory(MemoryBudget(main_bytes=main_bytes, device_bytes=info.device_free_bytes))
         if self.phase is Phase.LOADING:
             self.admission.phase = Phase.SERVING
 
@@ -121,24 +132,37 @@ class Scorer:
         """
         self.admission.check_open()
         job = validate(request, self.manifest(), request_id=record.request_id)
+        self._check_response_size(job)
         record.num_tokens, record.num_scored, record.num_logprobs = job.num_tokens, job.num_scored, job.num_logprobs
         async with self._bounded(timeout_s):
             scores = await self._run(job, record)
+        vocab_rows = self.manifest().vocab_rows
         return ScoreResult(
-            scores=checked(scores, job, vocab_rows=self.manifest().vocab_rows),
+            scores=await off_loop(scores.size, lambda: checked(scores, job, vocab_rows=vocab_rows)),
             manifest_digest=self.manifest().digest,
             timings=Timings(queue_s=record.queue_s, engine_s=record.engine_s),
         )
 
     async def _run(self, job: ScoreJob, record: RequestRecord) -> ScoreArrays:
         began_s = time.perf_counter()
-        async with self.admission.admit(job.num_tokens):
+        demand = Demand(num_tokens=job.num_tokens, price=self._engine.price(job), client=record.client)
+        async with self.admission.admit(demand):
             admitted_s = time.perf_counter()
             record.queue_s = admitted_s - began_s
             try:
                 return await self._engine.score(job)
             finally:
                 record.engine_s = time.perf_counter() - admitted_s
+
+    def _check_response_size(self, job: ScoreJob) -> None:
+        num_bytes, limit = response_bytes(job), self._limits.max_response_bytes
+        if num_bytes > limit:
+            raise AnswerTooLargeError(
+                f"the answer to {job.num_scored} positions with {job.num_logprobs} logprobs has {num_bytes} bytes, "
+                f"limit {limit}; ask for fewer logprobs, split the sequence, or serve with a larger "
+                "--max-response-bytes",
+                metadata={"field": "num_logprobs", "value": f"{num_bytes}", "limit": f"{limit}"},
+            )
 
     @asynccontextmanager
     async def _bounded(self, timeout_s: float | None) -> AsyncIterator[None]:
@@ -167,6 +191,13 @@ class Scorer:
         for scope in self._running:
             if not scope.expired():
                 scope.reschedule(asyncio.get_running_loop().time())
+
+
+def response_bytes(job: ScoreJob) -> int:
+    """Size of an answer's arrays as a message with float32."""
+    candidates = 0 if job.candidate_token_ids is None else int(job.candidate_token_ids.shape[1])
+    per_position = 4 + (4 + 8 * job.num_logprobs if job.num_logprobs else 0) + 4 * job.return_entropy + 4 * candidates
+    return job.num_scored * per_position
 
 
 def build_manifest(info: EngineInfo, limits: ScoringLimits) -> Manifest:

@@ -236,6 +236,8 @@ def _limits(settings: ServiceSettings) -> ScoringLimits:
         ),
         max_num_logprobs=settings.max_num_logprobs,
         max_request_bytes=settings.max_request_bytes,
+        max_response_bytes=settings.max_response_bytes,
+        memory_budget_bytes=settings.memory_budget_bytes,
         max_timeout_s=settings.max_timeout_s,
     )
 
@@ -244,6 +246,14 @@ def _watch_admission(telemetry: Telemetry, scorer: Scorer) -> None:
     admission = scorer.admission
     telemetry.watch("teacher_inflight_requests", "Sequences in the engine.", lambda: admission.inflight_requests)
     telemetry.watch("teacher_inflight_tokens", "Tokens in the engine.", lambda: admission.inflight_tokens)
+    telemetry.watch(
+        "teacher_memory_reserved_bytes",
+        "Main memory that the sequences in the engine may take.",
+        lambda: admission.reserved_bytes,
+    )
+    telemetry.watch(
+        "teacher_memory_budget_bytes", "The most of it; 0 while loading.", lambda: admission.budget_bytes or 0
+    )
     telemetry.watch("teacher_queued_requests", "Sequences that wait.", lambda: admission.queued_requests)
     telemetry.watch("teacher_queued_tokens", "Tokens that wait.", lambda: admission.queued_tokens)
 

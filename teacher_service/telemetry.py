@@ -27,6 +27,8 @@ class RequestRecord:
 
     method: str
     """Name of the method, e.g. `Score`, `ScoreStream`, `POST /v1/score`."""
+    client: str = ""
+    """Who asks, as admission tells clients apart."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Names the request in logs, errors and the engine."""
     num_tokens: int = 0
@@ -146,6 +148,7 @@ class Telemetry:
             method=record.method,
             reason=record.reason,
             request_id=record.request_id,
+            client=record.client,
             num_tokens=record.num_tokens,
             num_scored=record.num_scored,
             num_logprobs=record.num_logprobs,

@@ -14,6 +14,7 @@ __all__ = [
     "Capability",
     "EngineInfo",
     "Manifest",
+    "Price",
     "ScoreArrays",
     "ScoreJob",
     "ScoreResult",
@@ -50,6 +51,17 @@ class ScoreJob:
     def num_scored(self) -> int:
         """S."""
         return self.num_tokens - self.score_start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """Memory that scoring one sequence takes beyond the loaded model, in bytes."""
+
+    held_bytes: int
+    """In main memory, from its entry into the engine until it is answered; those of all sequences add up."""
+    peak_bytes: int = 0
+    """Where the model computes, while it computes this sequence. Engines compute them one after another or in steps of
+    bounded size, so that of many sequences the largest counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +112,8 @@ class EngineInfo:
     """Largest K the engine can answer."""
     capabilities: frozenset[Capability]
     """What the engine can do beyond top-k and sampled logprobs at temperature 1 (wire types are the service's)."""
+    device_free_bytes: int | None = None
+    """Memory left on the device that computes, with the model loaded; None: it computes in main memory."""
     route: str = "only"
     """Which of its ways of scoring the engine takes."""
     warnings: tuple[str, ...] = ()

@@ -139,16 +139,19 @@ def _candidates(request: ScoreRequest, manifest: Manifest, num_scored: int) -> N
     if rows is None:
         return None
     _require(Capability.CANDIDATES, "candidates", manifest)
-    widths = {len(row) for row in rows}
+    widths = [rows.shape[1]] if isinstance(rows, np.ndarray) else sorted({len(row) for row in rows})
     if len(rows) != num_scored or len(widths) != 1 or 0 in widths:
-        shape = f"{len(rows)} rows of {sorted(widths)[:3]} ids"
+        shape = f"{len(rows)} rows of {widths[:3]} ids"
         raise InvalidCandidatesError(
             f"candidates has {shape}; it needs one row for each of the {num_scored} scored positions, all of one "
             "length >= 1",
             metadata={"field": "candidates", "value": shape, "limit": f"[{num_scored}, C]"},
         )
     try:
-        flat = _as_ids([int(one) for row in rows for one in row], manifest.vocab_rows)
+        if isinstance(rows, np.ndarray):
+            flat = _in_range(rows.reshape(-1).astype(np.int64), manifest.vocab_rows)
+        else:
+            flat = _as_ids([one for row in rows for one in row], manifest.vocab_rows)
     except TokenIdOutOfRangeError as exc:
         raise InvalidCandidatesError(f"candidates: {exc.message}", metadata=exc.metadata) from exc
     return flat.astype(np.int32).reshape(num_scored, -1)
@@ -161,6 +164,10 @@ def _as_ids(token_ids: Sequence[int], vocab_rows: int) -> Int64Array:
     except OverflowError:
         index, value = next((i, one) for i, one in enumerate(token_ids) if not 0 <= one < vocab_rows)
         raise _id_error(index, value, vocab_rows) from None
+    return _in_range(ids, vocab_rows)
+
+
+def _in_range(ids: Int64Array, vocab_rows: int) -> Int64Array:
     outside = (ids < 0) | (ids >= vocab_rows)
     if outside.any():
         index = int(outside.argmax())

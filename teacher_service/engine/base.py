@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from protos.arrays import ScoreArrays
-from teacher_service.types import EngineInfo, ScoreJob
+from teacher_service.types import EngineInfo, Price, ScoreJob
 
 
 class Engine(Protocol):
@@ -17,6 +17,10 @@ class Engine(Protocol):
         Raises:
             EngineStartError: the model can't be loaded; the message says which path and why.
         """
+        ...
+
+    def price(self, job: ScoreJob) -> Price:
+        """The memory that scoring a job takes, at most."""
         ...
 
     async def score(self, job: ScoreJob) -> ScoreArrays:

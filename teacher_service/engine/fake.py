@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from protos.arrays import Float32Array, Int32Array, ScoreArrays
 from protos.manifest import TokenizerManifest
+from teacher_service.engine import pricing
 from teacher_service.engine.death import Death
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
-from teacher_service.types import Capability, EngineInfo, ScoreJob
+from teacher_service.types import Capability, EngineInfo, Price, ScoreJob
 
 ENGINE_VERSION = "1"
 
@@ -121,6 +122,10 @@ class FakeEngine:
         if self._start_error is not None:
             raise self._start_error
         return self._info
+
+    def price(self, job: ScoreJob) -> Price:
+        """See `Engine.price`."""
+        return Price(held_bytes=pricing.answer_bytes(job))
 
     async def score(self, job: ScoreJob) -> ScoreArrays:
         """See `Engine.score`."""

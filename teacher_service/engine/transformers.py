@@ -17,12 +17,14 @@ import transformers
 from torch import Tensor, nn
 
 from protos.arrays import Float32Array, Int32Array, ScoreArrays
-from teacher_service.engine import model_files
+from teacher_service.engine import model_files, pricing
 from teacher_service.engine.death import Death
-from teacher_service.engine.numerics import checked, clip_rounding
+from teacher_service.engine.numerics import clip_rounding
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
-from teacher_service.types import Capability, EngineInfo, ScoreJob
+from teacher_service.types import Capability, EngineInfo, Price, ScoreJob
 
+SCORED_LOGIT_BYTES = 28
+"""Of each logit of a scored position: seven float32 copies, the entropy's among them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,6 +33,7 @@ class _Loaded:
     model: nn.Module
     device: torch.device
     info: EngineInfo
+    logit_bytes: int
 
 
 class TransformersEngine:
@@ -67,6 +70,16 @@ class TransformersEngine:
         """See `Engine.start`."""
         self._loaded = await asyncio.get_running_loop().run_in_executor(self._worker, self._load)
         return self._loaded.info
+
+    def price(self, job: ScoreJob) -> Price:
+        """See `Engine.price`. All logits of a sequence are there at once, and several float32 copies of the scored."""
+        if self._loaded is None:
+            return Price(held_bytes=0)
+        vocab_rows, logit_bytes = self._loaded.info.vocab_rows, self._loaded.logit_bytes
+        return Price(
+            held_bytes=pricing.answer_bytes(job),
+            peak_bytes=vocab_rows * (job.num_tokens * logit_bytes + job.num_scored * SCORED_LOGIT_BYTES),
+        )
 
     async def score(self, job: ScoreJob) -> ScoreArrays:
         """See `Engine.score`. A job that waits for the worker is dropped when cancelled; a running one is discarded."""
@@ -116,11 +129,12 @@ class TransformersEngine:
             max_model_len=max_len,
             max_request_tokens=max_len,
             max_num_logprobs=max_num_logprobs,
+            device_free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
             capabilities=frozenset(
                 {Capability.TEMPERATURE, Capability.CANDIDATES, Capability.ENTROPY, Capability.EXACT_TAIL_MASS}
             ),
         )
-        return _Loaded(model=model, device=device, info=info)
+        return _Loaded(model=model, device=device, info=info, logit_bytes=model.dtype.itemsize)
 
 
 def _best_device() -> str:
@@ -160,7 +174,7 @@ def _score(loaded: _Loaded, job: ScoreJob) -> ScoreArrays:
         rest_SV = logprobs_SV.scatter(-1, topk.indices, -torch.inf)
         log_tail_S = _to_numpy(torch.logsumexp(rest_SV, dim=-1))
     candidates = job.candidate_token_ids
-    scores = ScoreArrays(
+    return ScoreArrays(
         sampled_logprobs=_gather(logprobs_SV, job.token_ids[job.score_start :, None])[:, 0],
         topk_token_ids=topk_ids_SK,
         topk_logprobs=topk_logprobs_SK,
@@ -168,7 +182,6 @@ def _score(loaded: _Loaded, job: ScoreJob) -> ScoreArrays:
         entropy=torch.special.entr(logprobs_SV.exp()).sum(dim=-1).cpu().numpy() if job.return_entropy else None,
         candidate_logprobs=None if candidates is None else _gather(logprobs_SV, candidates),
     )
-    return checked(scores, job, vocab_rows=loaded.info.vocab_rows)
 
 
 def _gather(logprobs_SV: Tensor, token_ids: Int32Array) -> Float32Array:

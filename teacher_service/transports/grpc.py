@@ -17,7 +17,7 @@ from teacher_service.errors import AddressError, TeacherServiceError
 from teacher_service.scoring import Scorer
 from teacher_service.telemetry import Telemetry
 from teacher_service.transports import messages
-from teacher_service.transports.grpc_stream import Context, ScoreStreamSession
+from teacher_service.transports.grpc_stream import Context, ScoreStreamSession, client_of
 from teacher_service.transports.reflection import enable_reflection
 from teacher_service.transports.sockets import open_socket
 
@@ -92,13 +92,14 @@ class GrpcTransport:
     async def _score(self, payload: bytes, context: Context) -> bytes:
         async with _translated(context):
             with self._telemetry.request("Score") as record:
+                record.client = client_of(context)
                 messages.check_body_size(len(payload), self._scorer.limits.max_request_bytes)
                 message = messages.parse(pb.ScoreRequest, payload)
                 wire_dtype = messages.wire_dtype_of(message)
                 result = await self._scorer.score(
                     messages.request_from_pb(message), timeout_s=context.time_remaining(), record=record
                 )
-                return messages.result_to_pb(result, wire_dtype, record).SerializeToString()
+                return (await messages.result_to_pb(result, wire_dtype, record)).SerializeToString()
 
     async def _score_stream(self, payloads: AsyncIterator[bytes], context: Context) -> None:
         session = ScoreStreamSession(

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn, cast
+from urllib.parse import unquote
 
 import grpc.aio
 
@@ -26,6 +27,14 @@ MAX_STREAM_ID_LENGTH = 128
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+def client_of(context: Context) -> str:
+    """Who calls: the name in its metadata, or the host that it calls from."""
+    metadata = dict(context.invocation_metadata() or ())
+    # a peer is `ipv4:host:port` or `ipv6:%5Bhost%5D:port`
+    host = unquote(context.peer()).rpartition(":")[0].partition(":")[2].strip("[]")
+    return messages.client_name(metadata.get(messages.CLIENT_KEY), host)
+
+
 class ScoreStreamSession:
     """The server's side of one stream."""
 
@@ -35,6 +44,7 @@ class ScoreStreamSession:
         self._scorer = scorer
         self._telemetry = telemetry
         self._context = context
+        self._client = client_of(context)
         self._slots = asyncio.Semaphore(max_inflight)
         self._closing = closing
         self._write_lock = asyncio.Lock()
@@ -82,6 +92,7 @@ class ScoreStreamSession:
         answer = pb.ScoreStreamResponse()
         try:
             with self._telemetry.request("ScoreStream") as record:
+                record.client = self._client
                 message = messages.parse(pb.ScoreStreamRequest, payload)
                 answer.id = message.id[:MAX_STREAM_ID_LENGTH]
                 messages.check_body_size(len(payload), self._scorer.limits.max_request_bytes)
@@ -110,7 +121,7 @@ class ScoreStreamSession:
             result = await self._scorer.score(
                 messages.request_from_pb(message.request), timeout_s=self._timeout_s(message), record=record
             )
-            return messages.result_to_pb(result, wire_dtype, record)
+            return await messages.result_to_pb(result, wire_dtype, record)
         finally:
             # before the answer is written: who has read it may use the id again
             self._ids.discard(message.id)

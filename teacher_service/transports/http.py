@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -28,6 +27,7 @@ from teacher_service.errors import (
     TeacherServiceError,
     UnsupportedContentTypeError,
 )
+from teacher_service.offload import off_loop
 from teacher_service.scoring import Scorer
 from teacher_service.telemetry import RequestRecord, Telemetry
 from teacher_service.transports import http_models, messages
@@ -113,6 +113,8 @@ class _Handlers:
         The header X-Request-Timeout-S bounds the seconds it may take.
         """
         with self._telemetry.request("POST /v1/score") as record:
+            host = "" if request.client is None else request.client.host
+            record.client = messages.client_name(request.headers.get(messages.CLIENT_KEY), host)
             answer_in = _answer_form(request)
             timeout_s = _timeout_s(request, self._scorer.limits.max_timeout_s)
             began_s = time.monotonic()
@@ -123,16 +125,16 @@ class _Handlers:
     async def score_json(self, body: bytes, timeout_s: float, record: RequestRecord) -> Response:
         result = await self._scorer.score(http_models.parse_body(body), timeout_s=timeout_s, record=record)
         began_s = time.perf_counter()
-        answer = http_models.answer_of(result)
+        fields = await off_loop(result.scores.size, lambda: http_models.encode_fields(result))
         record.encode_s = time.perf_counter() - began_s
-        answer["timings"] = {"queue_s": record.queue_s, "engine_s": record.engine_s, "encode_s": record.encode_s}
-        return Response(json.dumps(answer, allow_nan=False), media_type=JSON)
+        return Response(http_models.with_timings(fields, record), media_type=JSON)
 
     async def score_protobuf(self, body: bytes, timeout_s: float, record: RequestRecord) -> Response:
         message = messages.parse(pb.ScoreRequest, body)
         wire_dtype = messages.wire_dtype_of(message)
         result = await self._scorer.score(messages.request_from_pb(message), timeout_s=timeout_s, record=record)
-        return Response(messages.result_to_pb(result, wire_dtype, record).SerializeToString(), media_type=PROTOBUF)
+        answer = await messages.result_to_pb(result, wire_dtype, record)
+        return Response(answer.SerializeToString(), media_type=PROTOBUF)
 
     async def manifest(self) -> Response:
         """Say what this teacher is."""

@@ -8,9 +8,13 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
+import numpy as np
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from protos.arrays import Float32Array
 from teacher_service.errors import InvalidRequestError, MalformedRequestError, TeacherServiceError, UnknownFieldError
+from teacher_service.telemetry import RequestRecord
 from teacher_service.types import Manifest, ScoreResult
 from teacher_service.validation import ScoreRequest
 
@@ -154,30 +158,35 @@ def _body_error(exc: ValidationError) -> InvalidRequestError:
     )
 
 
-def answer_of(result: ScoreResult) -> dict[str, Any]:
-    """The fields of a ScoreAnswer less the timings; absent things are left out."""
+def encode_fields(result: ScoreResult) -> bytes:
+    """A ScoreAnswer less the timings, as JSON; absent things are left out. Floats have the digits of a float32."""
     scores = result.scores
-    lists: dict[str, Any] = {
-        name: None if array is None else array.tolist()
-        for name, array in (
-            ("topk_token_ids", scores.topk_token_ids),
-            ("topk_logprobs", scores.topk_logprobs),
-            ("sampled_logprobs", scores.sampled_logprobs),
-            ("entropy", scores.entropy),
-            ("candidate_logprobs", scores.candidate_logprobs),
-        )
+    arrays = {
+        name: getattr(scores, name)
+        for name in ("topk_token_ids", "topk_logprobs", "sampled_logprobs", "entropy", "candidate_logprobs")
     }
+    fields: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None}
     if scores.log_tail_mass is not None:
-        # JSON has no infinity; the string is how protobuf's JSON form writes it
-        lists["log_tail_mass"] = [
-            "-Infinity" if value == float("-inf") else value for value in scores.log_tail_mass.tolist()
-        ]
-    return {
+        fields["log_tail_mass"] = _json_tail(scores.log_tail_mass)
+    fields |= {
         "scored_count": scores.num_scored,
         "num_logprobs": scores.num_logprobs,
-        **{name: values for name, values in lists.items() if values is not None},
         "manifest_digest": result.manifest_digest,
     }
+    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def with_timings(fields: bytes, record: RequestRecord) -> bytes:
+    """The answer's JSON, whole."""
+    timings = {"queue_s": record.queue_s, "engine_s": record.engine_s, "encode_s": record.encode_s}
+    return fields[:-1] + b',"timings":' + orjson.dumps(timings) + b"}"
+
+
+def _json_tail(log_tail_S: Float32Array) -> Any:
+    """JSON has no infinity; the string is how protobuf's JSON form writes it."""
+    if np.isfinite(log_tail_S).all():
+        return log_tail_S
+    return ["-Infinity" if value == -np.inf else value for value in log_tail_S.tolist()]
 
 
 def manifest_answer(manifest: Manifest) -> ManifestAnswer:

@@ -19,13 +19,23 @@ from teacher_service.errors import (
     RequestTooLargeError,
     TeacherServiceError,
 )
+from teacher_service.offload import off_loop
 from teacher_service.telemetry import RequestRecord
 from teacher_service.types import Manifest, ScoreResult
 from teacher_service.validation import ScoreRequest
 
 ERROR_DOMAIN = "teacher.v1"
+CLIENT_KEY = "x-client-id"
+"""Metadata or header by which a client names itself, for its fair share of the engine."""
+MAX_CLIENT_NAME_LENGTH = 64
 
 MessageT = TypeVar("MessageT", bound=Message)
+
+
+def client_name(given: str | bytes | None, host: str) -> str:
+    """How admission and the log call a client; its host where it gives no name."""
+    name = given.decode(errors="replace") if isinstance(given, bytes) else given
+    return f"{host}/{name[:MAX_CLIENT_NAME_LENGTH]}" if name else host
 
 
 def check_body_size(num_bytes: int, limit: int) -> None:
@@ -102,10 +112,13 @@ def _candidates(message: pb.Candidates) -> NDArray[np.int32]:
     return np.frombuffer(message.token_ids, dtype="<i4").reshape(-1, message.count).astype(np.int32, copy=False)
 
 
-def result_to_pb(result: ScoreResult, wire_dtype: WireDtype, record: RequestRecord) -> pb.ScoreResponse:
+async def result_to_pb(result: ScoreResult, wire_dtype: WireDtype, record: RequestRecord) -> pb.ScoreResponse:
     """The answer's message, timings included; the record learns how long encoding took."""
     began_s = time.perf_counter()
-    message = scores_to_pb(result.scores, wire_dtype=wire_dtype, manifest_digest=result.manifest_digest)
+    scores = result.scores
+    message = await off_loop(
+        scores.size, lambda: scores_to_pb(scores, wire_dtype=wire_dtype, manifest_digest=result.manifest_digest)
+    )
     record.encode_s = time.perf_counter() - began_s
     message.timings.queue_s = result.timings.queue_s
     message.timings.engine_s = result.timings.engine_s

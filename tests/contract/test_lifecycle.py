@@ -23,6 +23,7 @@ from tests.support.service import (
     by_json,
     by_unary,
     gated_engine,
+    json_of,
     running_service,
     score_request,
 )
@@ -135,6 +136,30 @@ async def test_a_full_queue_refuses_with_a_delay(door: Door) -> None:
         assert outcome.metadata["max_queued_requests"] == "1"
         engine.scoring_gate.set()
         assert [(await one).reason for one in accepted] == ["OK", "OK"]
+
+
+async def test_a_client_that_names_itself_gets_its_own_share() -> None:
+    """Over gRPC and HTTP: a greedy client fills the queue, and one with another name still gets in, at its cost."""
+    engine = gated_engine()
+    async with running_service(engine, max_inflight_requests=1, max_queued_requests=3) as service:
+        request = score_request([1, 2, 3], 1)
+        greedy = [asyncio.create_task(by_unary(service, request)) for _ in range(4)]
+        await engine.wait_running(1)
+        await until(lambda: service.server.queued_requests == 3)
+        metadata = (("x-client-id", "modest"),)
+        modest = asyncio.ensure_future(service.stub.Score(request, metadata=metadata, timeout=TIMEOUT_S))
+        first = await next(asyncio.as_completed(greedy))
+        assert (first.reason, first.retry_delay_s) == ("OVERLOADED", 1.0)
+        headers = {"x-client-id": "third", "content-type": "application/json"}
+        third = asyncio.create_task(service.http.post("/v1/score", content=json_of(request), headers=headers))
+        await until(lambda: sum(task.done() for task in greedy) == 2)
+        engine.scoring_gate.set()
+        await modest
+        assert (await third).status_code == 200
+        assert sorted([one.reason for one in await asyncio.gather(*greedy)]) == ["OK", "OK", "OVERLOADED", "OVERLOADED"]
+        assert {json.loads(line).get("client") for line in service.log.getvalue().splitlines()} >= {
+            "127.0.0.1", "127.0.0.1/modest", "127.0.0.1/third"
+        }  # fmt: skip
 
 
 async def test_http_overload_names_the_delay_in_whole_seconds() -> None:

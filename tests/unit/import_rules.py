@@ -27,11 +27,11 @@ FORBIDDEN = {
 LAYERS: Mapping[str, tuple[frozenset[str], ...]] = {
     "teacher_service": (
         frozenset({"__main__"}),
-        frozenset({"server"}),
+        frozenset({"bench", "server"}),
         frozenset({"transports"}),
         frozenset({"scoring"}),
         frozenset({"admission", "engine", "validation"}),
-        frozenset({"config", "errors", "telemetry", "types"}),
+        frozenset({"config", "errors", "memory", "offload", "telemetry", "types"}),
     ),
     "trainer": (
         frozenset({"main_ppo"}),

@@ -9,18 +9,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_service.admission import Admission, AdmissionLimits, Phase
+from teacher_service.admission import Admission, AdmissionLimits, Demand, MemoryBudget, Phase
 from teacher_service.errors import (
     DrainingError,
     EngineDeadError,
     NotReadyError,
     OverloadedError,
+    OverMemoryBudgetError,
     TeacherServiceError,
 )
+from teacher_service.types import Price
+
+FREE = Price(held_bytes=0)
 
 
 def open_admission(
-    *, requests: int = 100, tokens: int = 100, queued_requests: int = 100, queued_tokens: int = 1000
+    *,
+    requests: int = 100,
+    tokens: int = 100,
+    queued_requests: int = 100,
+    queued_tokens: int = 1000,
+    memory: MemoryBudget | None = None,
 ) -> Admission:
     admission = Admission(
         AdmissionLimits(
@@ -30,6 +39,8 @@ def open_admission(
             max_queued_tokens=queued_tokens,
         )
     )
+    if memory is not None:
+        admission.bound_memory(memory)
     admission.phase = Phase.SERVING
     return admission
 
@@ -37,13 +48,13 @@ def open_admission(
 class Job:
     """Holds a place until it is told to leave."""
 
-    def __init__(self, admission: Admission, num_tokens: int) -> None:
+    def __init__(self, admission: Admission, num_tokens: int, *, client: str = "", price: Price = FREE) -> None:
         self.entered = asyncio.Event()
         self.leave = asyncio.Event()
-        self.task = asyncio.create_task(self._run(admission, num_tokens))
+        self.task = asyncio.create_task(self._run(admission, Demand(num_tokens=num_tokens, client=client, price=price)))
 
-    async def _run(self, admission: Admission, num_tokens: int) -> None:
-        async with admission.admit(num_tokens):
+    async def _run(self, admission: Admission, demand: Demand) -> None:
+        async with admission.admit(demand):
             self.entered.set()
             await self.leave.wait()
 
@@ -114,7 +125,7 @@ async def test_a_full_queue_refuses_and_names_value_limit_and_delay(queued_reque
     inside, waiting = Job(admission, 20), Job(admission, 20)
     await settle()
     with pytest.raises(OverloadedError, match=r"the queue holds 1 sequences \(20 tokens\)") as caught:
-        async with admission.admit(20):
+        async with admission.admit(Demand(num_tokens=20)):
             pytest.fail("admitted beyond the bounds")
     assert caught.value.retry_delay_s == 1.0
     assert caught.value.metadata["value"] == "40"
@@ -149,7 +160,7 @@ async def test_a_cancelled_waiter_frees_its_place_for_those_behind() -> None:
 async def test_a_waiter_cancelled_as_it_is_granted_gives_the_place_back() -> None:
     """Grant and cancellation in the same turn of the loop leave nothing behind."""
     admission = open_admission(requests=1)
-    async with admission.admit(5):
+    async with admission.admit(Demand(num_tokens=5)):
         second, third = Job(admission, 5), Job(admission, 5)
         await settle()
     # leaving the block granted the second, which has not run since
@@ -188,7 +199,7 @@ async def test_failing_work_frees_its_place() -> None:
     """An exception inside leaves the budget as it was."""
     admission = open_admission()
     with pytest.raises(KeyError):
-        async with admission.admit(5):
+        async with admission.admit(Demand(num_tokens=5)):
             raise KeyError
     assert state(admission) == (0, 0, 0, 0)
 
@@ -202,7 +213,7 @@ async def test_closed_phases_refuse_at_once(phase: Phase, error: type[TeacherSer
     admission = open_admission()
     admission.phase = phase
     with pytest.raises(error):
-        async with admission.admit(1):
+        async with admission.admit(Demand(num_tokens=1)):
             pytest.fail("admitted while closed")
     assert state(admission) == (0, 0, 0, 0)
 
@@ -232,7 +243,8 @@ def test_any_history_keeps_the_bounds_and_leaves_nothing(steps: list[tuple[str, 
 
 
 async def play(steps: list[tuple[str, int, int]]) -> None:
-    admission = open_admission(requests=3, tokens=60, queued_requests=4, queued_tokens=90)
+    memory = MemoryBudget(main_bytes=100)
+    admission = open_admission(requests=3, tokens=60, queued_requests=4, queued_tokens=90, memory=memory)
     jobs: list[Job] = []
     actions: dict[str, Callable[[Job], object]] = {
         "finish": lambda job: job.leave.set(),
@@ -240,7 +252,8 @@ async def play(steps: list[tuple[str, int, int]]) -> None:
     }
     for step, which, num_tokens in steps:
         if step == "arrive":
-            jobs.append(Job(admission, num_tokens))
+            price = Price(held_bytes=2 * num_tokens, peak_bytes=which)
+            jobs.append(Job(admission, num_tokens, client=f"client-{which % 4}", price=price))
         elif jobs:
             actions[step](jobs[which % len(jobs)])
         if which % 3:
@@ -250,8 +263,140 @@ async def play(steps: list[tuple[str, int, int]]) -> None:
         assert 0 <= tokens <= 60
         assert 0 <= waiting <= 4
         assert 0 <= waiting_tokens <= 90
+        assert 0 <= admission.reserved_bytes <= 100
     for job in jobs:
         job.leave.set()
     for result in await asyncio.gather(*(job.task for job in jobs), return_exceptions=True):
-        assert result is None or isinstance(result, (OverloadedError, asyncio.CancelledError))
+        assert result is None or isinstance(result, (OverloadedError, OverMemoryBudgetError, asyncio.CancelledError))
+    assert state(admission) == (0, 0, 0, 0)
+    assert admission.reserved_bytes == 0
+
+
+async def test_held_memory_adds_up_and_peaks_do_not() -> None:
+    """Of 100 bytes two hold 30 each beside a peak of 40: a third with a peak of 40 and 1 held waits for one of them."""
+    admission = open_admission(memory=MemoryBudget(main_bytes=100))
+    first, second, third = (Job(admission, 1, price=Price(held_bytes=held, peak_bytes=40)) for held in (30, 30, 1))
+    await settle()
+    assert [job.entered.is_set() for job in (first, second, third)] == [True, True, False]
+    assert (admission.reserved_bytes, admission.budget_bytes) == (100, 100)
+    await first.finish()
+    await settle()
+    assert third.entered.is_set()
+    assert admission.reserved_bytes == 30 + 1 + 40
+    await second.finish()
+    await third.finish()
+    assert admission.reserved_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "price", "needed", "limit"),
+    [
+        (MemoryBudget(main_bytes=100), Price(held_bytes=61, peak_bytes=40), 101, 100),
+        (MemoryBudget(main_bytes=100, device_bytes=10), Price(held_bytes=101), 101, 100),
+        (MemoryBudget(main_bytes=100, device_bytes=10), Price(held_bytes=1, peak_bytes=11), 11, 10),
+    ],
+)
+async def test_what_can_never_fit_is_refused_with_the_limit(
+    budget: MemoryBudget, price: Price, needed: int, limit: int
+) -> None:
+    """At once, also where the engine is empty: waiting would not help."""
+    admission = open_admission(memory=budget)
+    with pytest.raises(OverMemoryBudgetError) as caught:
+        async with admission.admit(Demand(num_tokens=1, price=price)):
+            pytest.fail("admitted")
+    assert caught.value.metadata == {"field": "request", "value": f"{needed}", "limit": f"{limit}"}
+    assert caught.value.retry_delay_s is None
+    assert state(admission) == (0, 0, 0, 0)
+
+
+async def test_a_device_has_its_own_memory_for_peaks() -> None:
+    """Peaks on a device take nothing of main memory."""
+    admission = open_admission(memory=MemoryBudget(main_bytes=100, device_bytes=1000))
+    jobs = [Job(admission, 1, price=Price(held_bytes=50, peak_bytes=1000)) for _ in range(2)]
+    await settle()
+    assert all(job.entered.is_set() for job in jobs)
+    for job in jobs:
+        await job.finish()
+
+
+async def test_a_client_with_a_backlog_does_not_hold_up_another() -> None:
+    """Twenty of one client wait; the first of another client is the next but one, not the last."""
+    admission = open_admission(requests=1)
+    order: list[str] = []
+
+    async def run(client: str) -> None:
+        async with admission.admit(Demand(num_tokens=10, client=client)):
+            order.append(client)
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(run("greedy")) for _ in range(20)]
+    await asyncio.sleep(0)
+    tasks += [asyncio.create_task(run("modest")) for _ in range(3)]
+    await asyncio.gather(*tasks)
+    assert order[:8].count("modest") == 3
+    assert order.count("greedy") == 20
+
+
+async def test_clients_share_by_tokens_not_by_sequences() -> None:
+    """One sends 100 tokens at a time, the other 10: they get as many tokens, not as many turns."""
+    admission = open_admission(requests=1, queued_tokens=100_000, queued_requests=1000)
+    served = {"long": 0, "short": 0}
+    history: list[tuple[int, int]] = []
+
+    async def run(client: str, num_tokens: int) -> None:
+        async with admission.admit(Demand(num_tokens=num_tokens, client=client)):
+            served[client] += num_tokens
+            history.append((served["long"], served["short"]))
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(run("long", 100)) for _ in range(20)]
+    tasks += [asyncio.create_task(run("short", 10)) for _ in range(200)]
+    await asyncio.gather(*tasks)
+    assert max(abs(a - b) for a, b in history if a < 2000 and b < 2000) <= 110 + 100
+
+
+async def test_a_full_queue_makes_room_for_who_has_less_in_it() -> None:
+    """The last of the client with most waiting is refused with a delay; one who has no less is refused itself."""
+    admission = open_admission(requests=1, queued_requests=4)
+    inside = Job(admission, 5, client="greedy")
+    greedy = [Job(admission, 5, client="greedy") for _ in range(4)]
+    await settle()
+    modest = Job(admission, 5, client="modest")
+    await settle()
+    with pytest.raises(OverloadedError) as caught:
+        await greedy[-1].task
+    assert caught.value.retry_delay_s == 1.0
+    assert state(admission) == (1, 5, 4, 20)
+    with pytest.raises(OverloadedError):
+        await Job(admission, 5, client="greedy").task
+    await asyncio.gather(*(job.finish() for job in (inside, *greedy[:-1], modest)))
+    assert state(admission) == (0, 0, 0, 0)
+
+
+async def test_a_queue_full_of_tokens_makes_room_too() -> None:
+    """By tokens: two of 40 wait, limit 100; 30 of another take the place of one."""
+    admission = open_admission(requests=1, queued_tokens=100)
+    inside = Job(admission, 5, client="greedy")
+    greedy = [Job(admission, 40, client="greedy") for _ in range(2)]
+    await settle()
+    modest = Job(admission, 30, client="modest")
+    await settle()
+    with pytest.raises(OverloadedError):
+        await greedy[-1].task
+    assert admission.queued_tokens == 70
+    await asyncio.gather(*(job.finish() for job in (inside, greedy[0], modest)))
+
+
+async def test_an_evicted_waiter_that_is_cancelled_as_well_leaves_nothing() -> None:
+    """Refused and cancelled in the same turn of the loop: counted once."""
+    admission = open_admission(requests=1, queued_requests=2)
+    inside = Job(admission, 5)
+    greedy = [Job(admission, 5, client="greedy") for _ in range(2)]
+    await settle()
+    modest = Job(admission, 5, client="modest")
+    await asyncio.sleep(0)
+    greedy[-1].task.cancel()
+    await asyncio.gather(greedy[-1].task, return_exceptions=True)
+    assert admission.queued_requests == 2
+    await asyncio.gather(*(job.finish() for job in (inside, greedy[0], modest)))
     assert state(admission) == (0, 0, 0, 0)

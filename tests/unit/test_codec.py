@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos.arrays import ScoreArrays
+from protos.arrays import ScoreArrays, ScoreArraysError, check_score_arrays
 from protos.codec import (
     CodecError,
     WireDtype,
@@ -89,7 +89,7 @@ def simple_message() -> pb.ScoreResponse:
 @given(arrays=score_arrays(), wire_dtype=st.sampled_from(WireDtype))
 def test_scores_survive_the_wire(arrays: ScoreArrays, wire_dtype: WireDtype) -> None:
     """float32 comes back bit for bit, the short types within their rounding, and what was absent stays absent."""
-    message = scores_to_pb(arrays, wire_dtype=wire_dtype, manifest_digest="d", vocab_rows=VOCAB_ROWS)
+    message = scores_to_pb(arrays, wire_dtype=wire_dtype, manifest_digest="d")
     back = unpack(pb.ScoreResponse.FromString(message.SerializeToString()), arrays)
     short = {"topk_logprobs", "candidate_logprobs"}
     rtol = {WireDtype.FLOAT32: 0.0, WireDtype.FLOAT16: 2**-11, WireDtype.BFLOAT16: 2**-8}[wire_dtype]
@@ -204,10 +204,13 @@ BREAKS: dict[str, Callable[[ScoreArrays], ScoreArrays]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_the_sender_refuses_what_the_contract_does_not_allow(name: str) -> None:
-    """Dtype, shape, range and finiteness are checked before a byte is written."""
-    with pytest.raises(CodecError):
-        scores_to_pb(BREAKS[name](simple_arrays()), wire_dtype=WireDtype.FLOAT32, manifest_digest="d")
+def test_the_check_refuses_what_the_contract_does_not_allow(name: str) -> None:
+    """Dtype, shape, range and finiteness."""
+    good = simple_arrays()
+    with pytest.raises(ScoreArraysError):
+        check_score_arrays(
+            BREAKS[name](good), num_scored=good.num_scored, num_logprobs=good.num_logprobs, vocab_rows=VOCAB_ROWS
+        )
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def test_every_package_is_seen() -> None:
         ),
         (
             upward_imports,
-            {"teacher_service/admission.py": "from teacher_service.engine.base import Engine"},
-            "teacher_service.admission imports teacher_service.engine.base, which is no lower layer",
+            {"teacher_service/admission/admission.py": "from teacher_service.engine.base import Engine"},
+            "teacher_service.admission.admission imports teacher_service.engine.base, which is no lower layer",
         ),
         (
             upward_imports,

@@ -12,6 +12,7 @@ import pytest
 from teacher_service.admission import AdmissionLimits
 from teacher_service.engine.fake import FakeEngine
 from teacher_service.errors import (
+    AnswerTooLargeError,
     DeadlineExceededError,
     DrainingError,
     EngineDeadError,
@@ -19,6 +20,7 @@ from teacher_service.errors import (
     InvalidCandidatesError,
     MissingCapabilityError,
     NotReadyError,
+    OverMemoryBudgetError,
     TokenIdOutOfRangeError,
 )
 from teacher_service.scoring import UNKNOWN_VERSION, Scorer, ScoringLimits, build_manifest, service_version
@@ -32,6 +34,8 @@ LIMITS = ScoringLimits(
     ),
     max_num_logprobs=16,
     max_request_bytes=1 << 20,
+    max_response_bytes=1 << 20,
+    memory_budget_bytes=1 << 20,
     max_timeout_s=20.0,
 )
 
@@ -154,6 +158,27 @@ async def test_an_engine_that_breaks_the_contract_is_an_engine_error(changes: di
     """NaN, wrong shapes, impossible probabilities and unasked arrays never leave the service."""
     scorer = await open_scorer(ForgedEngine(**changes))
     with pytest.raises(EngineError, match=complaint):
+        await score(scorer)
+
+
+async def test_an_answer_over_the_limit_is_refused_before_the_engine_works() -> None:
+    """Its size is known from the request, to the byte."""
+    request = {"candidate_token_ids": [[1, 2], [3, 4], [5, 6]], "return_entropy": True}
+    answer = (await score(await open_scorer(FakeEngine()), **request)).scores
+    arrays = (getattr(answer, field.name) for field in dataclasses.fields(answer))
+    num_bytes = sum(one.nbytes for one in arrays)
+    engine = FakeEngine()
+    scorer = await open_scorer(engine, dataclasses.replace(LIMITS, max_response_bytes=num_bytes - 1))
+    with pytest.raises(AnswerTooLargeError, match=f"has {num_bytes} bytes, limit {num_bytes - 1};"):
+        await score(scorer, **request)
+    assert engine.finished == []
+    await score(await open_scorer(engine, dataclasses.replace(LIMITS, max_response_bytes=num_bytes)), **request)
+
+
+async def test_a_sequence_over_the_memory_budget_is_refused() -> None:
+    """The engine prices it at more than there is."""
+    scorer = await open_scorer(FakeEngine(), dataclasses.replace(LIMITS, memory_budget_bytes=1000))
+    with pytest.raises(OverMemoryBudgetError, match=r"limit 0\.0 MB; ask for fewer"):
         await score(scorer)
 
 

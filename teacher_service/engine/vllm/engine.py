@@ -18,7 +18,6 @@ import numpy as np
 
 from protos.arrays import ScoreArrays
 from teacher_service.engine import model_files
-from teacher_service.engine.numerics import checked
 from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.vllm import environment
 from teacher_service.engine.vllm.adapter import Adapter
@@ -26,7 +25,7 @@ from teacher_service.engine.vllm.fast import frontend, probe, self_check
 from teacher_service.engine.vllm.processes import EngineProcesses, children
 from teacher_service.engine.vllm.routes import NUM_GENERATED_TOKENS, FastRoute, FlatRoute, Route
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
-from teacher_service.types import EngineInfo, ScoreJob
+from teacher_service.types import EngineInfo, Price, ScoreJob
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -42,7 +41,7 @@ DEATH_POLL_S = 0.2
 SHUTDOWN_TIMEOUT_S = 15.0
 WORKER_EXTENSION = "teacher_service.engine.vllm.fast.worker.ScoringExtension"
 SCHEDULER = "teacher_service.engine.vllm.fast.scheduler.PrefixCappedScheduler"
-INSTALL_TIMEOUT_S = 60.0
+WORKER_TIMEOUT_S = 60.0
 MIN_LORA_RANK = 16
 """vLLM's default; it takes adapters up to the rank that it was started with."""
 
@@ -82,10 +81,16 @@ class VllmEngine:
         try:
             self._running = running = await self._take_fast_route(running)
             await self._warm_up(running.info)
+            free_bytes = await _free_device_bytes(running.llm)
         except (EngineError, EngineDeadError) as exc:
             await self.close()
             raise EngineStartError(f"vLLM loaded {self._options.model!r} but can't score with it: {exc}") from exc
+        self._running = running = replace(running, info=replace(running.info, device_free_bytes=free_bytes))
         return running.info
+
+    def price(self, job: ScoreJob) -> Price:
+        """See `Engine.price`."""
+        return Price(held_bytes=0) if self._running is None else self._running.route.price(job)
 
     async def score(self, job: ScoreJob) -> ScoreArrays:
         """See `Engine.score`."""
@@ -198,7 +203,7 @@ class VllmEngine:
 
         config = llm.vllm_config.model_config
         vocab_rows = int(config.get_vocab_size())
-        route = FlatRoute(vocab_rows)
+        route = FlatRoute(vocab_rows, step_tokens=int(llm.vllm_config.scheduler_config.max_num_batched_tokens))
         info = EngineInfo(
             name="vllm",
             version=str(__version__),
@@ -255,7 +260,7 @@ class VllmEngine:
             data_parallel_size=options.data_parallel_size,
             distributed_executor_backend=IN_PROCESS_EXECUTOR if in_process else None,
             worker_cls=CPU_WORKER if is_cpu else "auto",
-            worker_extension_cls=WORKER_EXTENSION if options.fast_route else "",
+            worker_extension_cls=WORKER_EXTENSION,
             scheduler_cls=SCHEDULER if options.fast_route else None,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_num_seqs=options.max_num_seqs,
@@ -275,9 +280,15 @@ async def _install_fast_route(running: _Running) -> None:
     """
     probe.check_frontend(running.info.version)
     frontend.install()
-    for refusal in await running.llm.collective_rpc("install_scoring", timeout=INSTALL_TIMEOUT_S):
+    for refusal in await running.llm.collective_rpc("install_scoring", timeout=WORKER_TIMEOUT_S):
         if refusal is not None:
             raise probe.ProbeError(refusal)
+
+
+async def _free_device_bytes(llm: AsyncLLM) -> int | None:
+    """Of the worker that has least left."""
+    left = await llm.collective_rpc("free_device_bytes", timeout=WORKER_TIMEOUT_S)
+    return min((one for one in left if one is not None), default=None)
 
 
 async def _score(running: _Running, route: Route, job: ScoreJob) -> ScoreArrays:
@@ -298,7 +309,7 @@ async def _score(running: _Running, route: Route, job: ScoreJob) -> ScoreArrays:
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             if output.prompt_logprobs is not None:
-                return checked(route.score_arrays(output.prompt_logprobs, job), job, vocab_rows=running.info.vocab_rows)
+                return route.score_arrays(output.prompt_logprobs, job)
     raise EngineError("vLLM answered without prompt logprobs; report this as a bug")
 
 

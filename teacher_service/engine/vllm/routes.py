@@ -6,12 +6,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from protos.arrays import ScoreArrays
+from teacher_service.engine import pricing
 from teacher_service.engine.vllm import flat_logprobs
 from teacher_service.engine.vllm.fast import frontend
+from teacher_service.engine.vllm.fast.kernel import BLOCK_BYTES_ELSEWHERE
 from teacher_service.engine.vllm.fast.parameters import Parameters
-from teacher_service.types import Capability, ScoreJob
+from teacher_service.engine.vllm.fast.worker import LOGITS_BYTES
+from teacher_service.types import Capability, Price, ScoreJob
 
 NUM_GENERATED_TOKENS = 1
+LOGIT_BYTES = 12
+"""What the public route holds of each logit of a step: itself, its float32, its logprob, and the ranking's."""
+LISTED_ENTRY_BYTES = 220
+"""An id, a logprob and a rank in Python lists, and as they were sent and received."""
+SCRATCH_BLOCKS = 4
+"""Blocks of float32 logits that the fast route's kernel has at once."""
 
 
 class Route(Protocol):
@@ -25,6 +34,10 @@ class Route(Protocol):
     @property
     def capabilities(self) -> frozenset[Capability]:
         """What it can do beyond top-k and sampled logprobs at temperature 1."""
+        ...
+
+    def price(self, job: ScoreJob) -> Price:
+        """The memory that a job takes, at most."""
         ...
 
     def sampling(self, job: ScoreJob) -> dict[str, Any]:
@@ -45,8 +58,18 @@ class FlatRoute:
     """vLLM's public prompt logprobs, in their flat form."""
 
     vocab_rows: int
+    step_tokens: int
+    """Tokens of one step of vLLM, at most."""
     name: str = "flat"
     capabilities: frozenset[Capability] = frozenset()
+
+    def price(self, job: ScoreJob) -> Price:
+        """See `Route.price`. vLLM keeps Python lists of the whole prompt, and all logits of a step several times."""
+        return Price(
+            held_bytes=pricing.TOKEN_BYTES * job.num_tokens
+            + LISTED_ENTRY_BYTES * pricing.num_entries(job, rows=job.num_tokens),
+            peak_bytes=LOGIT_BYTES * self.vocab_rows * min(job.num_tokens, self.step_tokens),
+        )
 
     def sampling(self, job: ScoreJob) -> dict[str, Any]:
         """See `Route.sampling`."""
@@ -62,9 +85,15 @@ class FastRoute:
     """Response rows alone, scored in the worker, with the prompt's prefix from the cache."""
 
     name: str = "fast"
+    scratch_bytes: int = LOGITS_BYTES + SCRATCH_BLOCKS * BLOCK_BYTES_ELSEWHERE
+    """Logits and copies of them that are there at once, whatever is asked."""
     capabilities: frozenset[Capability] = frozenset(
         {Capability.TEMPERATURE, Capability.CANDIDATES, Capability.ENTROPY, Capability.EXACT_TAIL_MASS}
     )
+
+    def price(self, job: ScoreJob) -> Price:
+        """See `Route.price`."""
+        return Price(held_bytes=pricing.answer_bytes(job), peak_bytes=self.scratch_bytes)
 
     def sampling(self, job: ScoreJob) -> dict[str, Any]:
         """See `Route.sampling`."""

@@ -32,6 +32,11 @@ class ScoringExtension:
 
     model_runner: Any
 
+    def free_device_bytes(self) -> int | None:
+        """Memory left on the device; None where the model computes in main memory."""
+        device = self.model_runner.device
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
     def install_scoring(self) -> str | None:
         """Score by this route from now on; returns why not, where this version's runner is another than expected."""
         runner = self.model_runner
