@@ -47,7 +47,7 @@ class ServiceSettings(BaseSettings):
     data_parallel_size: int = Field(1, ge=1, description="Replicas of the model behind one vLLM engine.")
     quantization: str | None = Field(None, description="How vLLM reads quantised weights; unset: as the model says.")
     lora: str | None = Field(None, min_length=1, description="Directory of a LoRA adapter to answer with (vLLM).")
-    fast_route: bool = Field(False, description="Whether vLLM may score by the fast route; else by its public one.")
+    fast_route: bool = Field(True, description="Whether vLLM may score by the fast route; else by its public one.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory that vLLM may take.")
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Size of vLLM's KV cache; unset: from the share above, or 1 GiB on a CPU."

@@ -41,5 +41,5 @@ class EngineOptions:
     """Sequences per step of vLLM; None: its default."""
     enforce_eager: bool | None = None
     """Whether vLLM runs without compiling; None: only on a CPU."""
-    fast_route: bool = False
+    fast_route: bool = True
     """Whether vLLM may score by the fast route; else by its public one."""

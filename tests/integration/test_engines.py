@@ -241,13 +241,13 @@ async def test_vllm_is_stopped_where_the_kernel_would_kill_it(
     """Where the kernel denies the processor's AMX, bfloat16 is an error that names a way out, and float32 goes on."""
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    from teacher_service.engine.vllm.cpu_worker import AmxPermittedCPUWorker
+    from teacher_service.engine.vllm.cpu_worker import TeacherCPUWorker
 
     started = []
     monkeypatch.setattr(CPUWorker, "init_device", lambda self: started.append(self))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
-    worker = object.__new__(AmxPermittedCPUWorker)
+    worker = object.__new__(TeacherCPUWorker)
     worker.model_config = SimpleNamespace(dtype=dtype)
     with pytest.raises(RuntimeError, match="serve with --dtype float32") if is_refused else contextlib.nullcontext():
         worker.init_device()

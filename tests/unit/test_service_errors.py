@@ -19,6 +19,7 @@ from teacher_service.transports.messages import error_to_pb, error_to_status
 # What callers may build on: a change here breaks them.
 TABLE = {
     "ADDRESS": ("INTERNAL", 500, False),
+    "ANSWER_TOO_LARGE": ("RESOURCE_EXHAUSTED", 413, False),
     "CANCELLED": ("CANCELLED", 499, False),
     "DEADLINE_EXCEEDED": ("DEADLINE_EXCEEDED", 504, True),
     "DRAINING": ("UNAVAILABLE", 503, True),
@@ -41,6 +42,7 @@ TABLE = {
     "NOT_READY": ("UNAVAILABLE", 503, True),
     "NUM_LOGPROBS_OUT_OF_RANGE": ("INVALID_ARGUMENT", 400, False),
     "OVERLOADED": ("RESOURCE_EXHAUSTED", 429, True),
+    "OVER_MEMORY_BUDGET": ("RESOURCE_EXHAUSTED", 413, False),
     "REQUEST_TOO_LARGE": ("RESOURCE_EXHAUSTED", 413, False),
     "SCORE_START_OUT_OF_RANGE": ("INVALID_ARGUMENT", 400, False),
     "SEQUENCE_TOO_LONG": ("INVALID_ARGUMENT", 400, False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,23 @@ class Adapter:
         """Look at an adapter's configuration.
 
         Raises:
-            EngineStartError: there is none.
+            EngineStartError: there is none, or it changes the LM head.
         """
         folder = Path(path).expanduser()
         try:
-            rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
+            config = json.loads((folder / "adapter_config.json").read_text())
+            rank = int(config["r"])
+            changed = [*(config.get("target_modules") or []), *(config.get("modules_to_save") or [])]
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise EngineStartError(
                 f"{path} is no LoRA adapter: its adapter_config.json can't be read ({exc}); give the folder that PEFT "
                 "wrote"
             ) from exc
+        if "lm_head" in changed:
+            raise EngineStartError(
+                f"the LoRA adapter {path} changes lm_head, and vLLM can't apply that to the rows of a prompt; merge it "
+                "into the model (PEFT's merge_and_unload) and serve the result"
+            )
         return cls(folder, rank)
 
     def request(self) -> Any:
@@ -39,3 +47,17 @@ class Adapter:
         from vllm.lora.request import LoRARequest
 
         return LoRARequest("teacher", 1, str(self.folder))
+
+
+def detach_from_logits(model: Any) -> None:
+    """Let a model with adapters make logits of any rows, in the worker; `Adapter.read` refuses what that would lose.
+
+    vLLM's form of the LM head for adapters takes one row per request, whereas scoring has one per position: it fails
+    there, or on a GPU reads beyond its table.
+    """
+    for processor in (one for one in model.modules() if type(one).__name__ == "LogitsProcessorWithLoRA"):
+        processor._get_logits = partial(_base_logits, processor.base_layer)
+
+
+def _base_logits(base_layer: Any, hidden_states: Any, lm_head: Any, embedding_bias: Any = None) -> Any:
+    return base_layer._get_logits(hidden_states, getattr(lm_head, "base_layer", lm_head), embedding_bias)

@@ -1,19 +1,24 @@
-"""vLLM's worker on a CPU, allowed to use the processor's matrix unit (AMX).
+"""vLLM's worker on a CPU, allowed to use the processor's matrix unit (AMX), and able to run a part of the layers.
 
 Linux gives a process AMX only on request, and kills one that uses it without asking with SIGILL. vLLM 0.28 takes its
 AMX attention for bfloat16 wherever the processor has AMX, and does not ask: it works only where another library of the
 process happened to ask before.
 
 Source: Linux, Documentation/arch/x86/xstate.rst.
+
+A pipeline's later stages take their input into buffers that vLLM makes in a profiling run, and on a CPU vLLM makes none
+without compiling.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
-class AmxPermittedCPUWorker(CPUWorker):  # type: ignore[misc] # vllm carries no types
+class TeacherCPUWorker(CPUWorker):  # type: ignore[misc] # vllm carries no types
     """vLLM's own worker; `VllmEngine` names it as `worker_cls` on a CPU."""
 
     def init_device(self) -> None:
@@ -30,3 +35,9 @@ class AmxPermittedCPUWorker(CPUWorker):  # type: ignore[misc] # vllm carries no 
                 "(is arch_prctl filtered?); serve with --dtype float32"
             )
         super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Let a stage of a pipeline make its buffers; the rest is vLLM's."""
+        if self.parallel_config.pipeline_parallel_size > 1:
+            self.model_runner.profile_run()
+        return super().compile_or_warm_up_model()

@@ -36,7 +36,7 @@ IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Runs the model in the engine's own process. On a CPU vLLM would start a worker beside it, which spins on its queue
 for a second after each step: a whole core taken from whoever shares the machine. The full name, since vLLM replaces the
 short one."""
-CPU_WORKER = "teacher_service.engine.vllm.cpu_worker.AmxPermittedCPUWorker"
+CPU_WORKER = "teacher_service.engine.vllm.cpu_worker.TeacherCPUWorker"
 DEATH_POLL_S = 0.2
 SHUTDOWN_TIMEOUT_S = 15.0
 WORKER_EXTENSION = "teacher_service.engine.vllm.fast.worker.ScoringExtension"
@@ -79,6 +79,8 @@ class VllmEngine:
             raise EngineStartError(f"the engine was closed while it loaded {self._options.model!r}")
         self._running = running
         try:
+            if running.adapter is not None:
+                await running.llm.collective_rpc("detach_adapter_from_logits", timeout=WORKER_TIMEOUT_S)
             self._running = running = await self._take_fast_route(running)
             await self._warm_up(running.info)
             free_bytes = await _free_device_bytes(running.llm)

@@ -9,9 +9,8 @@ from protos.arrays import ScoreArrays
 from teacher_service.engine import pricing
 from teacher_service.engine.vllm import flat_logprobs
 from teacher_service.engine.vllm.fast import frontend
-from teacher_service.engine.vllm.fast.kernel import BLOCK_BYTES_ELSEWHERE
+from teacher_service.engine.vllm.fast.kernel import BLOCK_BYTES_ELSEWHERE, LOGITS_BYTES
 from teacher_service.engine.vllm.fast.parameters import Parameters
-from teacher_service.engine.vllm.fast.worker import LOGITS_BYTES
 from teacher_service.types import Capability, Price, ScoreJob
 
 NUM_GENERATED_TOKENS = 1

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LOGITS_BYTES = 48 << 20
+"""Logits that the LM head makes at once, at most."""
 BLOCK_BYTES = {"cpu": 2 << 20}
 """Float32 bytes of a block of rows: what stays in a core's cache."""
 BLOCK_BYTES_ELSEWHERE = 64 << 20

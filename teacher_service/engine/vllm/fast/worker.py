@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_service.engine.vllm.fast.kernel import Asked, Scored, concatenate, score_rows
+from teacher_service.engine.vllm.adapter import detach_from_logits
+from teacher_service.engine.vllm.fast.kernel import LOGITS_BYTES, Asked, Scored, concatenate, score_rows
 from teacher_service.engine.vllm.fast.parameters import Parameters
 from teacher_service.engine.vllm.fast.probe import ProbeError, check_runner
 
-LOGITS_BYTES = 48 << 20
-"""Logits that the LM head makes at once, at most."""
 MIN_LM_HEAD_ROWS = 16
 OriginalMethod = Callable[[Tensor, Mapping[str, int]], dict[str, Any]]
 
@@ -36,6 +35,10 @@ class ScoringExtension:
         """Memory left on the device; None where the model computes in main memory."""
         device = self.model_runner.device
         return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+    def detach_adapter_from_logits(self) -> None:
+        """See `adapter.detach_from_logits`."""
+        detach_from_logits(self.model_runner.model)
 
     def install_scoring(self) -> str | None:
         """Score by this route from now on; returns why not, where this version's runner is another than expected."""
@@ -158,10 +161,16 @@ class ResponseScorer:
         vocab_rows = self._runner.model_config.get_vocab_size()
         size = max(MIN_LM_HEAD_ROWS, LOGITS_BYTES // (vocab_rows * hidden_states.element_size()))
         parts: list[Scored] = []
+        from vllm.distributed.parallel_state import get_tp_group
+
+        answers = get_tp_group().is_first_rank
         for start in range(0, index.shape[0], size):
             block = slice(start, start + size)
             logits = self._runner.model.compute_logits(hidden_states[index[block]])
-            parts.append(score_rows(logits, _slice(asked, block)))
+            if answers:  # the other ranks are here for the LM head, and nobody reads what they return
+                parts.append(score_rows(logits, _slice(asked, block)))
+        if not parts:
+            return
         done = concatenate([one.cpu() for one in parts])
         start = 0
         for one in rows:
