@@ -6,7 +6,7 @@ Legend: S scored positions, K top-k entries, C candidates per position, V vocabu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +16,42 @@ import pytest_asyncio
 from protos.arrays import ScoreArrays
 from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
+from teacher_service.engine.vllm import engine as vllm_engine
 from teacher_service.types import Capability, ScoreJob
 from tests.integration import test_engines
 from tests.integration.test_engines import START_TIMEOUT_S, assert_same_topk
 from tests.support.engines import Started, job, random_tokens, score_all
 from tests.support.models import VOCAB_ROWS
+from tests.support.preempting_scheduler import COUNT_FILE, PreemptingScheduler
 
 pytestmark = test_engines.pytestmark  # whatever starts vLLM needs the same
 V = VOCAB_ROWS
 TOLERANCE = 1e-4
+CACHE_BLOCKS = 6
+TOKEN_BYTES = 2 * 2 * 2 * 32 * 4
+"""Of the cache: layers, keys and values, heads, dimensions of each, float32."""
 BLOCK_TOKENS = 128
 """Tokens of a block of vLLM's prefix cache on a CPU."""
 
 
+@pytest.fixture(scope="module")
+def preemptions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file with a byte for each preemption of this module's engine."""
+    counted = tmp_path_factory.mktemp("preemptions") / "count"
+    counted.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_engine, "SCHEDULER", f"{PreemptingScheduler.__module__}.{PreemptingScheduler.__name__}")
+        patch.setenv(COUNT_FILE, str(counted))
+        yield counted
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def fast(float32_checkpoint: Path, socket_base: Path) -> AsyncIterator[Started]:
-    """Steps of 96 tokens, so that most prompts come in chunks, and a cache of a few sequences, so that some wait."""
+async def fast(float32_checkpoint: Path, socket_base: Path, preemptions: Path) -> AsyncIterator[Started]:
+    """Steps of 96 tokens, 32 of each sequence, a cache of six blocks: chunks, waits, preemptions."""
     options = EngineOptions(
         model=str(float32_checkpoint),
         max_num_logprobs=V,
-        kv_cache_bytes=2 << 20,
+        kv_cache_bytes=CACHE_BLOCKS * BLOCK_TOKENS * TOKEN_BYTES,
         max_num_batched_tokens=96,
         fast_route=True,
     )
@@ -64,6 +80,10 @@ def _assert_optional(ours: ScoreArrays, theirs: ScoreArrays, asked: ScoreJob) ->
         assert (mine is None) == (other is None), (name, asked.request_id)
         if mine is not None:
             np.testing.assert_allclose(mine, other, rtol=0, atol=atol, err_msg=name)
+
+
+def _num_bytes(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _random_jobs(count: int, *, seed: int) -> list[ScoreJob]:
@@ -97,11 +117,12 @@ async def test_it_says_what_it_can_do(fast: Started) -> None:
     }  # fmt: skip
 
 
-async def test_random_sequences_at_once(fast: Started, reference: Started) -> None:
-    """200 of them, 64 at a time: temperatures, K from none to V, candidates, entropies, chunked prompts."""
+async def test_random_sequences_at_once(fast: Started, reference: Started, preemptions: Path) -> None:
+    """200 of them, 64 at a time: temperatures, K from none to V, candidates, entropies, chunks, preemptions."""
     jobs = _random_jobs(200, seed=11)
     for start in range(0, len(jobs), 64):
         await assert_equals_the_reference(fast, reference, jobs[start : start + 64])
+    assert _num_bytes(preemptions) > 0
 
 
 @pytest.mark.parametrize("prompt_tokens", [BLOCK_TOKENS, BLOCK_TOKENS + 37, 2 * BLOCK_TOKENS, 40])
