@@ -1,4 +1,4 @@
-"""`python -m teacher_service serve …`: the command line."""
+"""`python -m teacher_service serve|bench …`: the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 import types
 import typing
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic.fields import FieldInfo
@@ -38,16 +39,11 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        # with a callback typer keeps the name of an only command
-        callback=_no_common_options,
     )
     serve.__signature__ = _signature_from_settings()  # type: ignore[attr-defined] # typer reads it
     app.command()(serve)
+    app.command()(bench)
     return app
-
-
-def _no_common_options() -> None:
-    return
 
 
 def serve(**flags: Any) -> None:
@@ -59,6 +55,56 @@ def serve(**flags: Any) -> None:
     run_service(settings, _build_engine)
 
 
+def bench(
+    endpoint: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the teacher serves gRPC.")],
+    sequences: Annotated[int, typer.Option(help="Sequences to score at each concurrency.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
+    response_tokens: Annotated[int, typer.Option(help="Tokens of a response; these are scored.")] = 512,
+    num_logprobs: Annotated[int, typer.Option(help="Most likely tokens to ask for per scored token.")] = 64,
+    concurrency: Annotated[
+        list[int], typer.Option(help="Sequences in flight at a time; give the flag again for each level.")
+    ] = [1, 8, 64],  # noqa: B006 - typer copies it, and takes no tuple of any length
+    siblings: Annotated[int, typer.Option(help="Responses per prompt; above 1 a prefix cache shows.")] = 1,
+    wire_dtype: Annotated[
+        str, typer.Option(metavar="float32|float16|bfloat16", help="Type of the logprobs in the answers.")
+    ] = "float32",
+    temperature: Annotated[float, typer.Option(help="Divides the teacher's logits.")] = 1.0,
+    timeout_s: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 60.0,
+    warm_up: Annotated[int, typer.Option(help="Sequences to score first, unmeasured.")] = 8,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the token ids; unset: a new one, so that no cache knows them from an earlier run."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the results as JSON; - for stdout.")] = None,
+) -> None:
+    """Measure a running teacher: throughput, latency and size of the answers at each concurrency."""
+    # here, so that --help and a wrong flag answer without loading grpc
+    from teacher_service.bench.command import run_bench
+    from teacher_service.bench.settings import BenchSettings, new_seed, parse_wire_dtype
+
+    try:
+        exit_code = run_bench(
+            BenchSettings(
+                endpoint=endpoint,
+                sequences=sequences,
+                prompt_tokens=prompt_tokens,
+                response_tokens=response_tokens,
+                num_logprobs=num_logprobs,
+                concurrency=tuple(concurrency),
+                siblings=siblings,
+                wire_dtype=parse_wire_dtype(wire_dtype),
+                temperature=temperature,
+                timeout_s=timeout_s,
+                warm_up=warm_up,
+                seed=new_seed() if seed is None else seed,
+                json=json,
+            )
+        )
+    except SettingsError as exc:
+        _fail(exc, EXIT_USAGE)
+    sys.exit(exit_code)
+
+
 def run_service(settings: ServiceSettings, build_engine: Callable[[ServiceSettings], Engine]) -> NoReturn:
     """Serve until told to stop, and end the process with the exit code.
 
@@ -67,10 +113,20 @@ def run_service(settings: ServiceSettings, build_engine: Callable[[ServiceSettin
         build_engine: makes the engine, on the service's event loop.
     """
     try:
-        exit_code = asyncio.run(_serve(settings, build_engine))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            exit_code = runner.run(_serve(settings, build_engine))
     except TeacherServiceError as exc:
         _fail(exc, EXIT_FAILED)
     sys.exit(exit_code)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's; None, for asyncio's own, where it is not to be had (Windows)."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def _serve(settings: ServiceSettings, build_engine: Callable[[ServiceSettings], Engine]) -> int:

@@ -1,0 +1,1 @@
+"""`python -m teacher_service bench`: measures a running teacher from outside."""
