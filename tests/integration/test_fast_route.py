@@ -27,11 +27,11 @@ from tests.support.preempting_scheduler import COUNT_FILE, PreemptingScheduler
 pytestmark = test_engines.pytestmark  # whatever starts vLLM needs the same
 V = VOCAB_ROWS
 TOLERANCE = 1e-4
-CACHE_BLOCKS = 6
+ALIGNED = 4 * vllm_engine.CPU_BLOCK_TOKENS
+"""Tokens that fill blocks of the cache."""
+CACHE_TOKENS = 5 * ALIGNED
 TOKEN_BYTES = 2 * 2 * 2 * 32 * 4
 """Of the cache: layers, keys and values, heads, dimensions of each, float32."""
-BLOCK_TOKENS = 128
-"""Tokens of a block of vLLM's prefix cache on a CPU."""
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def preemptions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fast(float32_checkpoint: Path, socket_base: Path, preemptions: Path) -> AsyncIterator[Started]:
-    """Steps of 96 tokens, 32 of each sequence, a cache of six blocks: chunks, waits, preemptions."""
+    """Steps of 96 tokens, 16 of each sequence, a cache of 640 tokens: chunks, waits, preemptions."""
     options = EngineOptions(
         model=str(float32_checkpoint),
         max_num_logprobs=V,
-        kv_cache_bytes=CACHE_BLOCKS * BLOCK_TOKENS * TOKEN_BYTES,
+        kv_cache_bytes=CACHE_TOKENS * TOKEN_BYTES,
         max_num_batched_tokens=96,
         fast_route=True,
     )
@@ -125,13 +125,13 @@ async def test_random_sequences_at_once(fast: Started, reference: Started, preem
     assert _num_bytes(preemptions) > 0
 
 
-@pytest.mark.parametrize("prompt_tokens", [BLOCK_TOKENS, BLOCK_TOKENS + 37, 2 * BLOCK_TOKENS, 40])
+@pytest.mark.parametrize("prompt_tokens", [ALIGNED, ALIGNED + 37, 2 * ALIGNED, 40])
 async def test_siblings_share_their_prompt(fast: Started, reference: Started, prompt_tokens: int) -> None:
     """Aligned with the cache's blocks or not, identical siblings and shared beginnings of responses among them."""
     rng = np.random.default_rng(prompt_tokens)
     prompt = random_tokens(rng, prompt_tokens)
     responses = [random_tokens(rng, 150) for _ in range(4)]
-    responses += [responses[0], np.concatenate([responses[1][:BLOCK_TOKENS], random_tokens(rng, 22)])]
+    responses += [responses[0], np.concatenate([responses[1][:ALIGNED], random_tokens(rng, 22)])]
     jobs = [
         job(np.concatenate([prompt, response]), score_start=prompt_tokens, num_logprobs=8, request_id=f"{number}")
         for number, response in enumerate(responses)
@@ -143,8 +143,8 @@ async def test_siblings_share_their_prompt(fast: Started, reference: Started, pr
 
 async def test_a_prompt_scored_from_its_first_token(fast: Started, reference: Started) -> None:
     """score_start = 1 of a cached sequence: nothing may be taken from the cache."""
-    tokens = random_tokens(np.random.default_rng(3), 2 * BLOCK_TOKENS + 9)
+    tokens = random_tokens(np.random.default_rng(3), 2 * ALIGNED + 9)
     whole = job(tokens, score_start=1, num_logprobs=4, request_id="whole")
-    end = job(tokens, score_start=2 * BLOCK_TOKENS, num_logprobs=4, request_id="end")
+    end = job(tokens, score_start=2 * ALIGNED, num_logprobs=4, request_id="end")
     await assert_equals_the_reference(fast, reference, [end])
     await assert_equals_the_reference(fast, reference, [whole])

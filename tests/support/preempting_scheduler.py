@@ -13,7 +13,7 @@ from teacher_service.engine.vllm.fast.scheduler import PrefixCappedScheduler
 
 COUNT_FILE = "TEST_PREEMPTIONS"
 """Environment variable: where each preemption leaves a byte, since the scheduler runs in vLLM's process."""
-TOKENS_PER_STEP = 32
+TOKENS_PER_STEP = 16
 
 
 class PreemptingScheduler(PrefixCappedScheduler):

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """KV cache on a CPU where none is asked for: vLLM's own default takes nearly all memory of the machine."""
+CPU_BLOCK_TOKENS = 32
+"""Tokens of a cached block on a CPU. Only whole blocks before the first scored row are shared by siblings, and vLLM's
+default there is 128."""
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Runs the model in the engine's own process. On a CPU vLLM would start a worker beside it, which spins on its queue
 for a second after each step: a whole core taken from whoever shares the machine. The full name, since vLLM replaces the
@@ -256,6 +259,7 @@ class VllmEngine:
             max_logprobs=options.max_num_logprobs,
             seed=options.seed,
             gpu_memory_utilization=options.gpu_memory_utilization,
+            block_size=CPU_BLOCK_TOKENS if is_cpu else None,
             kv_cache_memory_bytes=options.kv_cache_bytes or (CPU_KV_CACHE_BYTES if is_cpu else None),
             tensor_parallel_size=options.tensor_parallel_size,
             pipeline_parallel_size=options.pipeline_parallel_size,
