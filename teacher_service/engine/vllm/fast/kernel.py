@@ -5,6 +5,7 @@ Legend: R rows, V vocabulary rows, K top-k entries, C candidates per row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,6 @@ LOGITS_BYTES = 48 << 20
 BLOCK_BYTES = {"cpu": 2 << 20}
 """Float32 bytes of a block of rows: what stays in a core's cache."""
 BLOCK_BYTES_ELSEWHERE = 64 << 20
-GROUP = 64
-"""Tokens of which the first stage of the top-k takes the largest."""
 
 
 class Asked(NamedTuple):
@@ -80,17 +79,20 @@ def concatenate(parts: Sequence[Scored]) -> Scored:
 def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Exact top-k of `[R, V]`, likeliest first: of groups by their largest, then of the tokens of the k best groups.
 
-    A token of the top-k lies in a group whose largest is at least as large, and there are at most k of those.
+    A token of the top-k lies in a group whose largest is at least as large, and there are at most k of those. Group i
+    holds the tokens i, i + G, i + 2G, ...: their largest is then found in whole vectors.
     """
     num_rows, width = z.shape
-    num_groups = width // GROUP
-    if 4 * k * GROUP >= width:
+    # both searches are as long where a group has sqrt(V / k) tokens; the second costs more, as it moves its tokens
+    size = round(math.sqrt(width / k) / 2)
+    if size < 2:
         return z.topk(k, dim=-1)
-    whole = num_groups * GROUP
-    grouped = z[:, :whole].view(num_rows, num_groups, GROUP)
-    best = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices
-    tokens = grouped.gather(1, best.unsqueeze(-1).expand(-1, -1, GROUP)).flatten(1)
-    ids = (best.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=z.device)).flatten(1)
+    num_groups = width // size
+    whole = num_groups * size
+    grouped = z[:, :whole].view(num_rows, size, num_groups)
+    best = grouped.amax(1).topk(k, dim=-1, sorted=False).indices
+    tokens = grouped.gather(2, best.unsqueeze(1).expand(-1, size, -1)).flatten(1)
+    ids = (best.unsqueeze(1) + torch.arange(0, whole, num_groups, device=z.device).unsqueeze(-1)).flatten(1)
     if whole < width:
         tokens = torch.cat([tokens, z[:, whole:]], 1)
         ids = torch.cat([ids, torch.arange(whole, width, device=z.device).expand(num_rows, -1)], 1)
