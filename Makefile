@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 # Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
-.PHONY: help setup format lint types test test-e2e demo protos bench bench-loss bench-truncation bench-modes lock clean
+.PHONY: help setup format lint types test test-e2e demo protos bench bench-loss bench-truncation bench-modes bench-teacher lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ demo: $(INSTALLED) ## Distill a small student from a small teacher, on this mach
 protos: $(INSTALLED) ## Regenerate the stubs of the contract
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-bench: bench-loss bench-truncation bench-modes ## Run the benchmarks
+bench: bench-loss bench-truncation bench-modes bench-teacher ## Run the benchmarks
 
 bench-loss: $(INSTALLED) ## Measure time and memory of the losses (a quarter of an hour on 2 idle cores)
 	$(BIN)/python -m benchmarks.losses
@@ -55,6 +55,9 @@ bench-truncation: $(INSTALLED) ## Measure what a teacher's top-k leaves of a div
 
 bench-modes: $(INSTALLED) ## Measure how fast each training mode learns the demo's task (an hour on 2 cores)
 	$(BIN)/python -m benchmarks.modes
+
+bench-teacher: $(INSTALLED) ## Measure each way to a teacher's logprobs, vLLM's own among them (half an hour on 2 idle cores)
+	$(BIN)/python -m benchmarks.teacher
 
 lock: $(INSTALLED) ## Write requirements/*.lock anew from pyproject.toml (UPGRADE=--upgrade takes newer versions)
 	UV=$(BIN)/uv requirements/lock.sh $(UPGRADE)
