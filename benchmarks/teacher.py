@@ -1,10 +1,10 @@
 """What a teacher's logprobs cost by each way to them: `make bench-teacher`, or `python -m benchmarks.teacher`.
 
-The models are random Qwen3, 4 layers of hidden size 256 with 8 heads and 768 intermediate, as peaked as a trained
-model; only the vocabulary differs. They compute in bfloat16, which a CPU without instructions for it multiplies several
-times slower than float32 (`--dtype`): there the LM head hides what a path costs beside it. A sequence of the main table
-has 128 prompt and 384 response tokens, no two of them share a prompt, and K is 64. Prompts begin with another token in
-every run, so that no prefix cache knows them.
+The models are random Qwen3 of the size of the demo's teacher (2 layers of hidden size 128), as peaked as a trained one;
+only the vocabulary differs. So small a model shows what a path costs beside the model: a larger one hides it. They
+compute in float32, as a CPU without instructions for bfloat16 multiplies that several times slower (`--dtype`). A
+sequence of the main table has 128 prompt and 384 response tokens, no two of them share a prompt, and K is 64. Prompts
+begin with another token in every run, so that no prefix cache knows them.
 
 Paths, all with the same vLLM settings and arithmetic, alive together, idle while another is measured:
   floor           vLLM in this process, one token generated, no logprobs: the forward pass, which all of them need
@@ -56,12 +56,12 @@ from benchmarks.losses import BUSY_LOAD, machine
 from benchmarks.teacher_meter import Batch, Sample, ScoringPath, TeacherBenchmarkError
 from benchmarks.teacher_paths import MAX_LEN, MAX_NUM_SEQS, PATHS, Paths, started_paths
 from examples.sort_digits.interrupts import Interrupts
-from examples.sort_digits.models import ModelSize, build_model, save_model
+from examples.sort_digits.models import TEACHER_SIZE, build_model, save_model
 from examples.sort_digits.processes import ProcessSupervisor, supervised
 from protos.arrays import Int32Array
 from teacher_service.engine.vllm import environment
 
-SIZE = ModelSize(hidden_size=256, num_heads=8, intermediate_size=768, num_layers=4)
+SIZE = TEACHER_SIZE
 SHARPNESS = 8.0
 """What the logits are multiplied by, in the last norm: fresh weights predict almost uniformly."""
 VOCAB_SIZES = (2_048, 32_000, 151_936)
@@ -421,7 +421,7 @@ def main(
     vocab_size: Annotated[list[int], typer.Option(min=128, help="Vocabulary rows; may be given several times.")] = [  # noqa: B006
         *VOCAB_SIZES
     ],
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each path of the main table.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each path of the main table.")] = 4,
     sequences: Annotated[int, typer.Option(min=2, help="Sequences of a run.")] = 16,
     path: Annotated[list[str], typer.Option(help="Paths; may be given several times.")] = [*PATHS],  # noqa: B006
     sweep: Annotated[list[str], typer.Option(help="Parts; likewise.")] = [*SWEEPS],  # noqa: B006

@@ -55,7 +55,14 @@ class ScoreArrays:
         return 0 if self.topk_token_ids is None else int(self.topk_token_ids.shape[1])
 
 
-def check_score_arrays(arrays: ScoreArrays, *, num_scored: int, num_logprobs: int, vocab_rows: int | None) -> None:
+def check_score_arrays(
+    arrays: ScoreArrays,
+    *,
+    num_scored: int,
+    num_logprobs: int,
+    vocab_rows: int | None,
+    mass_slack: float = 10 * LOGPROB_SLACK,
+) -> None:
     """Check dtype, shape, range and finiteness of every array that is present.
 
     Args:
@@ -63,13 +70,14 @@ def check_score_arrays(arrays: ScoreArrays, *, num_scored: int, num_logprobs: in
         num_scored: S that was asked for.
         num_logprobs: K that was asked for.
         vocab_rows: V, the bound of token ids; None where it is not known.
+        mass_slack: by how much rounding may lift the mass of a row's top-k above 1.
 
     Raises:
         ScoreArraysError: an array is missing, of the wrong dtype or shape, NaN, infinite, positive beyond
             rounding, an id is outside [0, V), or a row's top-k mass is above 1.
     """
     _check_logprobs("sampled_logprobs", arrays.sampled_logprobs, (num_scored,))
-    _check_topk(arrays, num_scored, num_logprobs, vocab_rows)
+    _check_topk(arrays, num_scored, num_logprobs, vocab_rows, mass_slack)
     if arrays.entropy is not None:
         _check_dtype_and_shape("entropy", arrays.entropy, np.float32, (num_scored,))
         if not (np.isfinite(arrays.entropy).all() and (arrays.entropy >= -LOGPROB_SLACK).all()):
@@ -82,7 +90,9 @@ def check_score_arrays(arrays: ScoreArrays, *, num_scored: int, num_logprobs: in
         )
 
 
-def _check_topk(arrays: ScoreArrays, num_scored: int, num_logprobs: int, vocab_rows: int | None) -> None:
+def _check_topk(
+    arrays: ScoreArrays, num_scored: int, num_logprobs: int, vocab_rows: int | None, mass_slack: float
+) -> None:
     ids, logprobs, tail = arrays.topk_token_ids, arrays.topk_logprobs, arrays.log_tail_mass
     if num_logprobs == 0:
         if ids is not None or logprobs is not None or tail is not None:
@@ -98,7 +108,7 @@ def _check_topk(arrays: ScoreArrays, num_scored: int, num_logprobs: int, vocab_r
     if ids.size and (int(ids.min()) < 0 or (vocab_rows is not None and int(ids.max()) >= vocab_rows)):
         raise ScoreArraysError(f"topk_token_ids spans {ids.min()}..{ids.max()}, outside [0, {vocab_rows})")
     mass = np.exp(logprobs, dtype=np.float64).sum(axis=1)
-    if mass.size and float(mass.max()) > 1.0 + 10 * LOGPROB_SLACK:
+    if mass.size and float(mass.max()) > 1.0 + mass_slack:
         raise ScoreArraysError(f"the top-k of a position hold a probability of {mass.max():.4f}, above 1")
 
 

@@ -32,6 +32,8 @@ _WIRE_DTYPE_TO_PB = {
     WireDtype.FLOAT16: pb.WIRE_DTYPE_FLOAT16,
     WireDtype.BFLOAT16: pb.WIRE_DTYPE_BFLOAT16,
 }
+_MASS_SLACK = {WireDtype.FLOAT32: 0.01, WireDtype.FLOAT16: 0.02, WireDtype.BFLOAT16: 0.05}
+"""What rounding logprobs near -12, those of a flat distribution over 10^5 tokens, may add to a mass of 1."""
 _CAPABILITY_TO_PB = {
     Capability.TEMPERATURE: pb.CAPABILITY_TEMPERATURE,
     Capability.CANDIDATES: pb.CAPABILITY_CANDIDATES,
@@ -180,7 +182,9 @@ def scores_from_pb(
             f"candidate_logprobs is {'present' if C == 0 else 'absent'} though {C} candidates were asked for"
         )
     try:
-        check_score_arrays(scores, num_scored=S, num_logprobs=K, vocab_rows=vocab_rows)
+        check_score_arrays(
+            scores, num_scored=S, num_logprobs=K, vocab_rows=vocab_rows, mass_slack=_MASS_SLACK[wire_dtype]
+        )
     except ScoreArraysError as exc:
         raise CodecError(str(exc)) from exc
     return scores

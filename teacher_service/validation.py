@@ -5,7 +5,6 @@ Legend: N tokens, S = N - score_start scored positions, C candidates per positio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,8 @@ from teacher_service.errors import (
 from teacher_service.types import Capability, Manifest, ScoreJob
 
 MAX_IDEMPOTENCY_KEY_LENGTH = 128
+MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.float32(1e-4)), 1e4
+"""Beyond, float32 logits overflow, or all are equal."""
 
 Int64Array = NDArray[np.int64]
 
@@ -112,10 +113,15 @@ def _check_num_logprobs(num_logprobs: int, manifest: Manifest) -> None:
 
 
 def _check_temperature(temperature: float, manifest: Manifest) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         raise InvalidTemperatureError(
-            f"temperature is {temperature}; it divides the logits and must be finite and > 0 (unset: 1)",
-            metadata={"field": "temperature", "value": f"{temperature}", "limit": "(0, inf)"},
+            f"temperature is {temperature}, outside [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]; it divides the logits "
+            "(unset: 1)",
+            metadata={
+                "field": "temperature",
+                "value": f"{temperature}",
+                "limit": f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]",
+            },
         )
     if temperature != 1.0:
         _require(Capability.TEMPERATURE, f"temperature {temperature:g}", manifest)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from teacher_service.admission.budget import MemoryAccount, MemoryBudget
 from teacher_service.admission.fair_queue import Entry, FairQueue
+from teacher_service.admission.throughput import Throughput
 from teacher_service.errors import (
     DrainingError,
     EngineDeadError,
@@ -21,8 +22,6 @@ from teacher_service.errors import (
 )
 from teacher_service.types import Price
 
-# How much the newest sequence weighs in the mean time that a sequence stays in the engine.
-_HOLD_WEIGHT = 0.1
 _MIN_RETRY_DELAY_S = 0.05
 _MAX_RETRY_DELAY_S = 30.0
 _NOT_READY_RETRY_DELAY_S = 1.0
@@ -83,7 +82,7 @@ class Admission:
     def __init__(self, limits: AdmissionLimits) -> None:
         self._limits = limits
         self._queue = FairQueue[_Waiter]()
-        self._mean_hold_s: float | None = None
+        self._throughput = Throughput()
         self._memory: MemoryAccount | None = None
         self.phase = Phase.LOADING
         """Set by whoever runs the service; only SERVING takes work."""
@@ -141,11 +140,12 @@ class Admission:
             await self._wait(demand)
         else:
             self._take(demand)
-        entered_s = time.monotonic()
+        finished = False
         try:
             yield
+            finished = True
         finally:
-            self._release(demand, hold_s=time.monotonic() - entered_s)
+            self._release(demand, finished=finished)
 
     def _check_price(self, demand: Demand) -> None:
         over = None if self._memory is None else self._memory.budget.excess(demand.price)
@@ -218,11 +218,11 @@ class Admission:
         )
 
     def _retry_delay_s(self, num_tokens: int) -> float:
-        """Seconds until the work ahead should be through: by Little's law from the tokens in the engine."""
-        if self._mean_hold_s is None:
+        """Seconds until the work ahead should be through, at the rate of late."""
+        tokens_per_s = self._throughput.tokens_per_s
+        if tokens_per_s is None:
             return _NOT_READY_RETRY_DELAY_S
-        tokens_per_s = self.inflight_tokens / max(self._mean_hold_s, 1e-6)
-        delay_s = (self.queued_tokens + num_tokens) / max(tokens_per_s, 1.0)
+        delay_s = (self.inflight_tokens + self.queued_tokens + num_tokens) / tokens_per_s
         return min(max(delay_s, _MIN_RETRY_DELAY_S), _MAX_RETRY_DELAY_S)
 
     def _fits(self, demand: Demand) -> bool:
@@ -233,6 +233,8 @@ class Admission:
         )
 
     def _take(self, demand: Demand) -> None:
+        if self.inflight_requests == 0:
+            self._throughput.began(time.monotonic())
         self.inflight_requests += 1
         self.inflight_tokens += demand.num_tokens
         if self._memory is not None:
@@ -244,10 +246,9 @@ class Admission:
         if self._memory is not None:
             self._memory.give_back(demand.price)
 
-    def _release(self, demand: Demand, *, hold_s: float) -> None:
+    def _release(self, demand: Demand, *, finished: bool) -> None:
+        self._throughput.passed(demand.num_tokens if finished else 0, time.monotonic())
         self._give_back(demand)
-        mean_s = self._mean_hold_s
-        self._mean_hold_s = hold_s if mean_s is None else mean_s + _HOLD_WEIGHT * (hold_s - mean_s)
         self._grant()
 
     def _grant(self) -> None:

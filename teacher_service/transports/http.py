@@ -39,6 +39,8 @@ JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 PROBLEM = "application/problem+json"
 
+KEEP_ALIVE_S = 75
+"""Longer than clients keep an idle connection: who closes first may cut off a request that is on its way."""
 T = TypeVar("T")
 
 
@@ -55,7 +57,12 @@ class HttpTransport:
 
     def __init__(self, scorer: Scorer, telemetry: Telemetry) -> None:
         self._config = uvicorn.Config(
-            build_app(scorer, telemetry), log_config=None, access_log=False, lifespan="off", server_header=False
+            build_app(scorer, telemetry),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
         self._server = _UvicornServer(self._config)
         self._serving: asyncio.Task[None] | None = None

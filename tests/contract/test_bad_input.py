@@ -35,6 +35,7 @@ def candidates(num_rows: int, *ids: int) -> pb.Candidates:
 
 
 # name -> request, reason, value and limit as the metadata must tell them
+TEMPERATURES = "[0.0001, 10000]"
 BAD_REQUESTS = {
     "empty sequence": (score_request([], 1), "EMPTY_SEQUENCE", "0", "2..64"),
     "score_start zero": (score_request(range(8), 0), "SCORE_START_OUT_OF_RANGE", "0", "[1, 8)"),
@@ -47,10 +48,31 @@ BAD_REQUESTS = {
     "sequence too long": (score_request([1] * 65, 1), "SEQUENCE_TOO_LONG", "65", "64"),
     "k above the maximum": (score_request(range(8), 5, 17), "NUM_LOGPROBS_OUT_OF_RANGE", "17", "[0, 16]"),
     "k negative": (score_request(range(8), 5, -1), "NUM_LOGPROBS_OUT_OF_RANGE", "-1", "[0, 16]"),
-    "temperature zero": (score_request(range(8), 5, temperature=0.0), "INVALID_TEMPERATURE", "0.0", "(0, inf)"),
-    "temperature negative": (score_request(range(8), 5, temperature=-1.0), "INVALID_TEMPERATURE", "-1.0", "(0, inf)"),
-    "temperature nan": (score_request(range(8), 5, temperature=np.nan), "INVALID_TEMPERATURE", "nan", "(0, inf)"),
-    "temperature inf": (score_request(range(8), 5, temperature=np.inf), "INVALID_TEMPERATURE", "inf", "(0, inf)"),
+    "temperature zero": (score_request(range(8), 5, temperature=0.0), "INVALID_TEMPERATURE", "0.0", TEMPERATURES),
+    "temperature negative": (
+        score_request(range(8), 5, temperature=-1.0),
+        "INVALID_TEMPERATURE",
+        "-1.0",
+        TEMPERATURES,
+    ),
+    "temperature nan": (
+        score_request(range(8), 5, temperature=np.nan),
+        "INVALID_TEMPERATURE",
+        "nan",
+        TEMPERATURES,
+    ),
+    "temperature tiny": (
+        score_request(range(8), 5, temperature=2**-20),
+        "INVALID_TEMPERATURE",
+        f"{2**-20}",
+        TEMPERATURES,
+    ),
+    "temperature inf": (
+        score_request(range(8), 5, temperature=np.inf),
+        "INVALID_TEMPERATURE",
+        "inf",
+        TEMPERATURES,
+    ),
     "candidates of too few rows": (
         score_request(range(8), 5, candidates=candidates(2, 1, 2)),
         "INVALID_CANDIDATES",

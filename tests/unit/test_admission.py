@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_service.admission import Admission, AdmissionLimits, Demand, MemoryBudget, Phase
+from teacher_service.admission.throughput import Throughput
 from teacher_service.errors import (
     DrainingError,
     EngineDeadError,
@@ -400,3 +402,36 @@ async def test_an_evicted_waiter_that_is_cancelled_as_well_leaves_nothing() -> N
     assert admission.queued_requests == 2
     await asyncio.gather(*(job.finish() for job in (inside, greedy[0], modest)))
     assert state(admission) == (0, 0, 0, 0)
+
+
+async def test_the_retry_delay_follows_the_work_ahead_and_the_rate_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 tokens took 2 busy seconds: with 10 inside and 30 waiting, 60 more should be through after 2 s."""
+    now_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    admission = open_admission(requests=1, queued_tokens=30)
+    done = Job(admission, 100)
+    await settle()
+    now_s += 2.0
+    await done.finish()
+    now_s += 50.0  # idle time does not count
+    inside, waiting = Job(admission, 10), Job(admission, 30)
+    await settle()
+    with pytest.raises(OverloadedError) as caught:
+        async with admission.admit(Demand(num_tokens=60)):
+            pytest.fail("admitted")
+    assert caught.value.retry_delay_s == pytest.approx(2.0)
+    await asyncio.gather(inside.finish(), waiting.finish())
+
+
+def test_throughput_forgets() -> None:
+    """Ten times as fast for longer than its memory: the old rate is gone. Work that was dropped costs time alone."""
+    rate = Throughput()
+    assert rate.tokens_per_s is None
+    rate.began(0.0)
+    rate.passed(100, 1.0)
+    assert rate.tokens_per_s == pytest.approx(100)
+    for second in range(2, 80):
+        rate.passed(1000, float(second))
+    assert rate.tokens_per_s == pytest.approx(1000, rel=0.01)
+    rate.passed(0, 80.0)
+    assert rate.tokens_per_s == pytest.approx(900, rel=0.01)

@@ -21,7 +21,7 @@ from teacher_service.engine import model_files
 from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.vllm import environment
 from teacher_service.engine.vllm.adapter import Adapter
-from teacher_service.engine.vllm.fast import frontend, probe, self_check
+from teacher_service.engine.vllm.fast import frontend, kernel, probe, self_check
 from teacher_service.engine.vllm.processes import EngineProcesses, children
 from teacher_service.engine.vllm.routes import NUM_GENERATED_TOKENS, FastRoute, FlatRoute, Route
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
@@ -156,10 +156,13 @@ class VllmEngine:
         """With the fast route, if it fits and scores a sequence as the public one does; else as it was, and said so."""
         if not self._options.fast_route:
             return running
+        from vllm.platforms import current_platform
+
+        route = FastRoute(kernel.scratch_bytes(current_platform.device_type, vocab_rows=running.info.vocab_rows))
         fast = replace(
             running,
-            route=FastRoute(),
-            info=replace(running.info, route=FastRoute().name, capabilities=FastRoute().capabilities),
+            route=route,
+            info=replace(running.info, route=route.name, capabilities=route.capabilities),
         )
         try:
             await _install_fast_route(running)

@@ -15,6 +15,8 @@ _DEFAULTS = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     # Pinning threads to cores starves whatever else runs on the same machine, such as the trainer.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # oneDNN keeps a kernel for each number of rows that it has met, 1,024 of them: on a CPU a gigabyte over a day.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     # CUDA can't be used in a forked child of a process that may have touched it.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }

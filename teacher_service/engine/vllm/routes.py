@@ -9,7 +9,6 @@ from protos.arrays import ScoreArrays
 from teacher_service.engine import pricing
 from teacher_service.engine.vllm import flat_logprobs
 from teacher_service.engine.vllm.fast import frontend
-from teacher_service.engine.vllm.fast.kernel import BLOCK_BYTES_ELSEWHERE, LOGITS_BYTES
 from teacher_service.engine.vllm.fast.parameters import Parameters
 from teacher_service.types import Capability, Price, ScoreJob
 
@@ -18,8 +17,6 @@ LOGIT_BYTES = 12
 """What the public route holds of each logit of a step: itself, its float32, its logprob, and the ranking's."""
 LISTED_ENTRY_BYTES = 220
 """An id, a logprob and a rank in Python lists, and as they were sent and received."""
-SCRATCH_BLOCKS = 4
-"""Blocks of float32 logits that the fast route's kernel has at once."""
 
 
 class Route(Protocol):
@@ -83,9 +80,9 @@ class FlatRoute:
 class FastRoute:
     """Response rows alone, scored in the worker, with the prompt's prefix from the cache."""
 
-    name: str = "fast"
-    scratch_bytes: int = LOGITS_BYTES + SCRATCH_BLOCKS * BLOCK_BYTES_ELSEWHERE
+    scratch_bytes: int
     """Logits and copies of them that are there at once, whatever is asked."""
+    name: str = "fast"
     capabilities: frozenset[Capability] = frozenset(
         {Capability.TEMPERATURE, Capability.CANDIDATES, Capability.ENTROPY, Capability.EXACT_TAIL_MASS}
     )

@@ -12,11 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LOGITS_BYTES = 48 << 20
-"""Logits that the LM head makes at once, at most."""
+LOGITS_BYTES = {"cpu": 24 << 20}
+"""Logits that the LM head makes at once. On a CPU less than what its allocator takes from the kernel anew each time."""
+LOGITS_BYTES_ELSEWHERE = 256 << 20
+MIN_LM_HEAD_ROWS = 64
+"""Fewer rows would read the LM head's weights too often."""
 BLOCK_BYTES = {"cpu": 2 << 20}
 """Float32 bytes of a block of rows: what stays in a core's cache."""
 BLOCK_BYTES_ELSEWHERE = 64 << 20
+SCRATCH_BLOCKS = 4
+"""Of float32 logits that are there at once."""
 
 
 class Asked(NamedTuple):
@@ -53,6 +58,19 @@ class Scored(NamedTuple):
     def cpu(self) -> Scored:
         """The same in main memory."""
         return Scored(*(None if one is None else one.cpu() for one in self))  # type: ignore[arg-type] # as they are
+
+
+def num_lm_head_rows(device_type: str, *, vocab_rows: int, itemsize: int) -> int:
+    """Rows of which the LM head should make logits at once."""
+    num_bytes = LOGITS_BYTES.get(device_type, LOGITS_BYTES_ELSEWHERE)
+    return max(MIN_LM_HEAD_ROWS, num_bytes // (vocab_rows * itemsize))
+
+
+def scratch_bytes(device_type: str, *, vocab_rows: int) -> int:
+    """Logits and blocks of them that are there at once, at most, whatever is asked."""
+    rows = num_lm_head_rows(device_type, vocab_rows=vocab_rows, itemsize=4)
+    block_bytes = max(4 * vocab_rows, BLOCK_BYTES.get(device_type, BLOCK_BYTES_ELSEWHERE))
+    return 4 * vocab_rows * rows + SCRATCH_BLOCKS * block_bytes
 
 
 def score_rows(logits: Tensor, asked: Asked) -> Scored:

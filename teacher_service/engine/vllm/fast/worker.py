@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from teacher_service.engine.vllm.adapter import detach_from_logits
-from teacher_service.engine.vllm.fast.kernel import LOGITS_BYTES, Asked, Scored, concatenate, score_rows
+from teacher_service.engine.vllm.fast.kernel import Asked, Scored, concatenate, num_lm_head_rows, score_rows
 from teacher_service.engine.vllm.fast.parameters import Parameters
 from teacher_service.engine.vllm.fast.probe import ProbeError, check_runner
 
-MIN_LM_HEAD_ROWS = 16
 OriginalMethod = Callable[[Tensor, Mapping[str, int]], dict[str, Any]]
 
 
@@ -159,7 +158,7 @@ class ResponseScorer:
         index = torch.cat([torch.arange(one.first, one.first + len(one.sampled)) for one in rows]).to(device)
         asked = _asked(rows, device)
         vocab_rows = self._runner.model_config.get_vocab_size()
-        size = max(MIN_LM_HEAD_ROWS, LOGITS_BYTES // (vocab_rows * hidden_states.element_size()))
+        size = num_lm_head_rows(device.type, vocab_rows=vocab_rows, itemsize=hidden_states.element_size())
         parts: list[Scored] = []
         from vllm.distributed.parallel_state import get_tp_group
 
