@@ -1,6 +1,6 @@
 """What a teacher's logprobs cost by each way to them: `make bench-teacher`, or `python -m benchmarks.teacher`.
 
-The models are random Qwen3 of the size of the demo's teacher (2 layers of hidden size 128), as peaked as a trained one;
+The models are random Qwen3, 2 layers of hidden size 256 with 8 heads and 768 intermediate, as peaked as a trained one;
 only the vocabulary differs. So small a model shows what a path costs beside the model: a larger one hides it. They
 compute in float32, as a CPU without instructions for bfloat16 multiplies that several times slower (`--dtype`). A
 sequence of the main table has 128 prompt and 384 response tokens, no two of them share a prompt, and K is 64. Prompts
@@ -56,12 +56,12 @@ from benchmarks.losses import BUSY_LOAD, machine
 from benchmarks.teacher_meter import Batch, Sample, ScoringPath, TeacherBenchmarkError
 from benchmarks.teacher_paths import MAX_LEN, MAX_NUM_SEQS, PATHS, Paths, started_paths
 from examples.sort_digits.interrupts import Interrupts
-from examples.sort_digits.models import TEACHER_SIZE, build_model, save_model
+from examples.sort_digits.models import ModelSize, build_model, save_model
 from examples.sort_digits.processes import ProcessSupervisor, supervised
 from protos.arrays import Int32Array
 from teacher_service.engine.vllm import environment
 
-SIZE = TEACHER_SIZE
+SIZE = ModelSize(hidden_size=256, num_heads=8, intermediate_size=768)
 SHARPNESS = 8.0
 """What the logits are multiplied by, in the last norm: fresh weights predict almost uniformly."""
 VOCAB_SIZES = (2_048, 32_000, 151_936)
@@ -75,6 +75,7 @@ LARGE_VOCAB_SHARE = 4
 MIN_SEQUENCES = 2
 SWEEP_REPEATS = 3
 MEMORY_REPEATS = 1
+MAX_NUM_SIBLINGS = 16
 TOLERANCE = 0.25
 """Nats between two paths: in bfloat16 a logit near 30 is rounded to 1/8."""
 SWEEPS = ("main", "memory", "num_logprobs", "num_siblings", "concurrency")
@@ -190,8 +191,14 @@ def cells(
     if "num_logprobs" in here:
         yield [dataclasses.replace(cell, sweep="num_logprobs", num_logprobs=k) for k in (0, 8, 32, 64, 128)]
     if "num_siblings" in here:
-        long_prompt = dataclasses.replace(cell, sweep="num_siblings", prompt_tokens=384, response_tokens=128)
-        yield [dataclasses.replace(long_prompt, num_siblings=n) for n in (1, 4, 16)]
+        long_prompt = dataclasses.replace(
+            cell,
+            sweep="num_siblings",
+            prompt_tokens=384,
+            response_tokens=128,
+            num_sequences=max(num_sequences, 2 * MAX_NUM_SIBLINGS),
+        )
+        yield [dataclasses.replace(long_prompt, num_siblings=n) for n in (1, 4, MAX_NUM_SIBLINGS)]
     if "concurrency" in here:
         short = dataclasses.replace(cell, sweep="concurrency", prompt_tokens=16, response_tokens=48)
         yield [
