@@ -20,8 +20,11 @@ from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.transformers import TransformersEngine
 from teacher_service.errors import EngineError, EngineStartError
+from teacher_service.scoring import Scorer
+from teacher_service.telemetry import RequestRecord
 from teacher_service.types import Capability, ScoreJob
-from tests.support.engines import Started, job, random_tokens
+from teacher_service.validation import ScoreRequest
+from tests.support.engines import LIMITS, Started, job, random_tokens
 from tests.support.models import MAX_LEN, VOCAB_ROWS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -123,7 +126,7 @@ async def test_reference_drops_a_queued_job_that_is_cancelled(reference: Started
 
 
 async def test_nan_weights_are_an_error_of_the_job(float32_checkpoint: Path, tmp_path: Path) -> None:
-    """A broken checkpoint answers with EngineError, not with NaN."""
+    """A broken checkpoint is answered with EngineError, not with NaN: scoring checks what any engine says."""
     model = AutoModelForCausalLM.from_pretrained(float32_checkpoint)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
@@ -132,8 +135,11 @@ async def test_nan_weights_are_an_error_of_the_job(float32_checkpoint: Path, tmp
     try:
         info = await engine.start()
         assert info.tokenizer is None
+        scorer = Scorer(engine, LIMITS)
+        scorer.open(info)
+        request = ScoreRequest(token_ids=[1, 2, 3], score_start=1)
         with pytest.raises(EngineError, match="NaN"):
-            await engine.score(job(np.int32([1, 2, 3])))
+            await scorer.score(request, timeout_s=20.0, record=RequestRecord(method="test"))
     finally:
         await engine.close()
 

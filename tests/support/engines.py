@@ -9,9 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.arrays import ScoreArrays
+from teacher_service.admission import AdmissionLimits
 from teacher_service.engine.base import Engine
+from teacher_service.scoring import ScoringLimits
 from teacher_service.types import EngineInfo, ScoreJob
 from tests.support.models import VOCAB_ROWS
+
+LIMITS = ScoringLimits(
+    admission=AdmissionLimits(
+        max_inflight_requests=4, max_inflight_tokens=1000, max_queued_requests=4, max_queued_tokens=1000
+    ),
+    max_num_logprobs=16,
+    max_request_bytes=1 << 20,
+    max_response_bytes=1 << 20,
+    memory_budget_bytes=1 << 20,
+    max_timeout_s=20.0,
+)
+"""Of a small service."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teacher_service.admission import AdmissionLimits
 from teacher_service.engine.fake import FakeEngine
 from teacher_service.errors import (
     AnswerTooLargeError,
@@ -27,17 +26,7 @@ from teacher_service.scoring import UNKNOWN_VERSION, Scorer, ScoringLimits, buil
 from teacher_service.telemetry import RequestRecord
 from teacher_service.types import Capability, EngineInfo, ScoreArrays, ScoreJob, ScoreResult
 from teacher_service.validation import ScoreRequest, validate
-
-LIMITS = ScoringLimits(
-    admission=AdmissionLimits(
-        max_inflight_requests=4, max_inflight_tokens=1000, max_queued_requests=4, max_queued_tokens=1000
-    ),
-    max_num_logprobs=16,
-    max_request_bytes=1 << 20,
-    max_response_bytes=1 << 20,
-    memory_budget_bytes=1 << 20,
-    max_timeout_s=20.0,
-)
+from tests.support.engines import LIMITS
 
 
 class BareEngine(FakeEngine):

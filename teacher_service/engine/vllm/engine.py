@@ -18,6 +18,7 @@ import numpy as np
 
 from protos.arrays import ScoreArrays
 from teacher_service.engine import model_files
+from teacher_service.engine.numerics import checked
 from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.vllm import environment
 from teacher_service.engine.vllm.adapter import Adapter
@@ -95,7 +96,14 @@ class VllmEngine:
 
     def price(self, job: ScoreJob) -> Price:
         """See `Engine.price`."""
-        return Price(held_bytes=0) if self._running is None else self._running.route.price(job)
+        if self._running is None:
+            return Price(held_bytes=0)
+        price = self._running.route.price(job)
+        if self._running.info.device_free_bytes is not None:
+            return price
+        # in main memory each process has its own peak, and all may have it at once
+        num_processes = self._options.tensor_parallel_size * self._options.data_parallel_size
+        return replace(price, peak_bytes=num_processes * price.peak_bytes)
 
     async def score(self, job: ScoreJob) -> ScoreArrays:
         """See `Engine.score`."""
@@ -187,7 +195,7 @@ class VllmEngine:
             score_start=1,
             num_logprobs=info.max_num_logprobs,
         )
-        await self.score(job)
+        checked(await self.score(job), job, vocab_rows=info.vocab_rows)  # so that broken weights stop the start
 
     def _load(self) -> _Running:
         model = str(self._options.model)
