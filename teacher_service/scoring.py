@@ -195,9 +195,8 @@ class Scorer:
 
 def response_bytes(job: ScoreJob) -> int:
     """Size of an answer's arrays as a message with float32."""
-    candidates = 0 if job.candidate_token_ids is None else int(job.candidate_token_ids.shape[1])
-    per_position = 4 + (4 + 8 * job.num_logprobs if job.num_logprobs else 0) + 4 * job.return_entropy + 4 * candidates
-    return job.num_scored * per_position
+    topk = 4 + 8 * job.num_logprobs if job.num_logprobs else 0
+    return job.num_scored * (4 + topk + 4 * job.return_entropy + 4 * job.num_candidates)
 
 
 def build_manifest(info: EngineInfo, limits: ScoringLimits) -> Manifest:

@@ -52,6 +52,11 @@ class ScoreJob:
         """S."""
         return self.num_tokens - self.score_start
 
+    @property
+    def num_candidates(self) -> int:
+        """C; 0 where none are wanted."""
+        return 0 if self.candidate_token_ids is None else int(self.candidate_token_ids.shape[1])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:

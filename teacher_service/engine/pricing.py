@@ -15,8 +15,7 @@ ENTRY_BYTES = 64
 
 def num_entries(job: ScoreJob, *, rows: int | None = None) -> int:
     """Numbers of an answer, ids not counted: sampled, top-k, tail, entropy and candidates of `rows`, or of all S."""
-    candidates = 0 if job.candidate_token_ids is None else int(job.candidate_token_ids.shape[1])
-    return (job.num_scored if rows is None else rows) * (job.num_logprobs + 3 + candidates)
+    return (job.num_scored if rows is None else rows) * (job.num_logprobs + 3 + job.num_candidates)
 
 
 def answer_bytes(job: ScoreJob) -> int:
