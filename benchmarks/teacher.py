@@ -1,10 +1,10 @@
 """What a teacher's logprobs cost by each way to them: `make bench-teacher`, or `python -m benchmarks.teacher`.
 
-The models are random Qwen3, 2 layers of hidden size 256 with 8 heads and 768 intermediate, as peaked as a trained one;
-only the vocabulary differs. So small a model shows what a path costs beside the model: a larger one hides it. They
-compute in float32, as a CPU without instructions for bfloat16 multiplies that several times slower (`--dtype`). A
-sequence of the main table has 128 prompt and 384 response tokens, no two of them share a prompt, and K is 64. Prompts
-begin with another token in every run, so that no prefix cache knows them.
+The models are random Qwen3, 2 layers of hidden size 256 with 2 heads of 128 (Qwen3's own size) and 768 intermediate, as
+peaked as a trained one; only the vocabulary differs. So small a model shows what a path costs beside the model: a
+larger one hides it. They compute in float32, as a CPU without instructions for bfloat16 multiplies that several times
+slower (`--dtype`). A sequence of the main table has 128 prompt and 384 response tokens, no two of them share a prompt,
+and K is 64. Prompts begin with another token in every run, so that no prefix cache knows them.
 
 Paths, all with the same vLLM settings and arithmetic, alive together, idle while another is measured:
   floor           vLLM in this process, one token generated, no logprobs: the forward pass, which all of them need
@@ -27,9 +27,10 @@ process's own peak during the largest run, beyond what was resident after a warm
 only where it holds the engine's frontend (floor, in_process, flat).
 
 Sweeps: `memory` scores 2 sequences of 2000 tokens at the largest vocabulary, before anything large has run; the
-others vary one thing over our gRPC. `num_siblings` has 384 prompt and 128 response tokens, n sequences of each prompt
-submitted together; `engine_cpu_gain` is the engine's CPU time for as many sequences without shared prompts over that.
-`concurrency` has at least 64 sequences, and as many as are in flight, of 16 prompt and 48 response tokens.
+others vary one thing over our gRPC. `num_siblings` has a model of 4 layers, 384 prompt and 128 response tokens, n
+sequences of each prompt submitted together; `engine_cpu_gain` is the engine's CPU time for as many sequences without
+shared prompts over that. `concurrency` has at least 64 sequences, and as many as are in flight, of 16 prompt and 48
+response tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ from examples.sort_digits.processes import ProcessSupervisor, supervised
 from protos.arrays import Int32Array
 from teacher_service.engine.vllm import environment
 
-SIZE = ModelSize(hidden_size=256, num_heads=8, intermediate_size=768)
+SIZE = ModelSize(hidden_size=256, num_heads=2, head_dim=128, intermediate_size=768)
+SIBLINGS_LAYERS = 4
+"""Of the model of `num_siblings`. A cache spares layers, not the LM head: beside two layers of this size that is a
+quarter of the work, in a real teacher less than a tenth."""
 SHARPNESS = 8.0
 """What the logits are multiplied by, in the last norm: fresh weights predict almost uniformly."""
 VOCAB_SIZES = (2_048, 32_000, 151_936)
@@ -74,6 +78,7 @@ SLOW_SHARE = 4
 LARGE_VOCAB_SHARE = 4
 MIN_SEQUENCES = 2
 SWEEP_REPEATS = 3
+SIBLINGS_REPEATS = 5
 MEMORY_REPEATS = 1
 MAX_NUM_SIBLINGS = 16
 TOLERANCE = 0.25
@@ -100,7 +105,7 @@ DECIMALS = {
     "engine_cpu_gain": 3,
     "peak_rss_mb_above_idle": 1,
 }
-IDENTITY = ("sweep", "path", "vocab_size", "num_logprobs", "num_siblings", "concurrency")
+IDENTITY = ("sweep", "path", "vocab_size", "num_layers", "num_logprobs", "num_siblings", "concurrency")
 
 Row = dict[str, str | int | float]
 
@@ -115,6 +120,7 @@ class Cell:
     num_logprobs: int = NUM_LOGPROBS
     num_siblings: int = 1
     """Sequences of each prompt."""
+    num_layers: int = SIZE.num_layers
     concurrency: int = CONCURRENCY
     prompt_tokens: int = 128
     response_tokens: int = 384
@@ -194,9 +200,11 @@ def cells(
         long_prompt = dataclasses.replace(
             cell,
             sweep="num_siblings",
+            num_layers=SIBLINGS_LAYERS,
             prompt_tokens=384,
             response_tokens=128,
-            num_sequences=max(num_sequences, 2 * MAX_NUM_SIBLINGS),
+            num_sequences=max(num_sequences, 4 * MAX_NUM_SIBLINGS),
+            repeats=min(repeats, SIBLINGS_REPEATS),
         )
         yield [dataclasses.replace(long_prompt, num_siblings=n) for n in (1, 4, MAX_NUM_SIBLINGS)]
     if "concurrency" in here:
@@ -210,6 +218,14 @@ def cells(
             )
             for limit in (1, 8, 64, 512)
         ]
+
+
+def models(groups: Sequence[list[Cell]]) -> list[list[list[Cell]]]:
+    """The groups of cells of each model, in order."""
+    by_layers: dict[int, list[list[Cell]]] = {}
+    for group in groups:
+        by_layers.setdefault(group[0].num_layers, []).append(group)
+    return list(by_layers.values())
 
 
 async def measure(
@@ -266,6 +282,7 @@ def row(cell: Cell, path: str, measured: Measured, *, unshared: Measured | None 
     made: Row = {
         "path": path,
         "vocab_size": cell.vocab_size,
+        "num_layers": cell.num_layers,
         "num_logprobs": cell.num_logprobs,
         "num_siblings": cell.num_siblings,
         "concurrency": min(cell.concurrency, cell.count(path)),
@@ -355,27 +372,24 @@ async def check_agreement(cell: Cell, paths: Mapping[str, ScoringPath], numbers:
     return largest if len(answers) > 1 else None
 
 
-def write_checkpoint(folder: Path, vocab_size: int, dtype: str) -> Path:
-    """Write a model of that vocabulary; returns its folder."""
-    model = build_model(SIZE, seed=0, vocab_rows=vocab_size, max_len=MAX_LEN)
+def write_checkpoint(folder: Path, vocab_size: int, num_layers: int, dtype: str) -> Path:
+    """Write a model of that vocabulary and depth; returns its folder."""
+    size = dataclasses.replace(SIZE, num_layers=num_layers)
+    model = build_model(size, seed=0, vocab_rows=vocab_size, max_len=MAX_LEN)
     with torch.no_grad():
         model.model.norm.weight.mul_(SHARPNESS)
-    checkpoint = folder / f"v{vocab_size}"
+    checkpoint = folder / f"v{vocab_size}-{num_layers}"
     save_model(model, checkpoint, dtype=getattr(torch, dtype))
     return checkpoint
 
 
 async def run_model(
-    vocab_size: int,
-    groups: Sequence[Sequence[Cell]],
-    supervisor: ProcessSupervisor,
-    report: Callable[[str], None],
-    *,
-    dtype: str,
+    groups: Sequence[Sequence[Cell]], supervisor: ProcessSupervisor, report: Callable[[str], None], *, dtype: str
 ) -> list[Row]:
-    """Measure all cells of one model."""
+    """Measure cells that are all of one model."""
+    vocab_size, num_layers = groups[0][0].vocab_size, groups[0][0].num_layers
     names = [name for name in PATHS if any(name in cell.paths for group in groups for cell in group)]
-    checkpoint = await asyncio.to_thread(write_checkpoint, supervisor.temp_dir, vocab_size, dtype)
+    checkpoint = await asyncio.to_thread(write_checkpoint, supervisor.temp_dir, vocab_size, num_layers, dtype)
     rows: list[Row] = []
     numbers = itertools.count(1)
     async with started_paths(checkpoint, names, supervisor, dtype=dtype) as paths:
@@ -385,7 +399,7 @@ async def run_model(
         trial = Cell(sweep="main", vocab_size=vocab_size, num_sequences=MIN_SEQUENCES, repeats=1, paths=(*names,))
         difference = await check_agreement(trial, paths.scoring, numbers)
         report(
-            f"V {vocab_size}: "
+            f"V {vocab_size}, {num_layers} layers: "
             + (
                 "one path alone is compared with nothing"
                 if difference is None
@@ -428,7 +442,7 @@ def main(
     vocab_size: Annotated[list[int], typer.Option(min=128, help="Vocabulary rows; may be given several times.")] = [  # noqa: B006
         *VOCAB_SIZES
     ],
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each path of the main table.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each path of the main table.")] = 5,
     sequences: Annotated[int, typer.Option(min=2, help="Sequences of a run.")] = 16,
     path: Annotated[list[str], typer.Option(help="Paths; may be given several times.")] = [*PATHS],  # noqa: B006
     sweep: Annotated[list[str], typer.Option(help="Parts; likewise.")] = [*SWEEPS],  # noqa: B006
@@ -464,8 +478,8 @@ def main(
         os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = f"{supervisor.temp_dir}"
         for one in vocab_size:
             groups = list(cells(one, num_sequences=sequences, repeats=repeats, paths=path, sweeps=sweep))
-            if groups:
-                rows += asyncio.run(run_model(one, groups, supervisor, report, dtype=dtype))
+            for of_one_model in models(groups):
+                rows += asyncio.run(run_model(of_one_model, supervisor, report, dtype=dtype))
                 write_results(output, rows)
     console.print(facts, table(rows))
 

@@ -27,6 +27,7 @@ class ModelSize:
     num_heads: int
     intermediate_size: int
     num_layers: int = 2
+    head_dim: int = 32
 
 
 TEACHER_SIZE = ModelSize(hidden_size=128, num_heads=4, intermediate_size=256)
@@ -58,7 +59,7 @@ def build_model(size: ModelSize, *, seed: int, vocab_rows: int = VOCAB_ROWS, max
         num_hidden_layers=size.num_layers,
         num_attention_heads=size.num_heads,
         num_key_value_heads=size.num_heads,
-        head_dim=32,
+        head_dim=size.head_dim,
         max_position_embeddings=max_len,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,

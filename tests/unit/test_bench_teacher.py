@@ -48,6 +48,7 @@ def test_what_is_per_token_counts_response_tokens() -> None:
     assert made == {
         "path": "grpc",
         "vocab_size": 256,
+        "num_layers": 2,
         "num_logprobs": 64,
         "num_siblings": 1,
         "concurrency": 16,
