@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ _WIRE_DTYPE_TO_PB = {
     WireDtype.FLOAT16: pb.WIRE_DTYPE_FLOAT16,
     WireDtype.BFLOAT16: pb.WIRE_DTYPE_BFLOAT16,
 }
+_PAYLOADS = ("topk_token_ids", "topk_logprobs", "sampled_logprobs", "log_tail_mass", "entropy", "candidate_logprobs")
+"""Fields of an answer that hold packed bytes, by number."""
 _MASS_SLACK = {WireDtype.FLOAT32: 0.01, WireDtype.FLOAT16: 0.02, WireDtype.BFLOAT16: 0.05}
 """What rounding logprobs near -12, those of a flat distribution over 10^5 tokens, may add to a mass of 1."""
 _CAPABILITY_TO_PB = {
@@ -136,6 +139,7 @@ def scores_to_pb(scores: ScoreArrays, *, wire_dtype: WireDtype, manifest_digest:
         message.entropy = encode_logprobs(scores.entropy, WireDtype.FLOAT32)
     if scores.candidate_logprobs is not None:
         message.candidate_logprobs = encode_logprobs(scores.candidate_logprobs, wire_dtype)
+    message.payload_crc32 = _payload_crc32(message)
     return message
 
 
@@ -152,13 +156,14 @@ def scores_from_pb(
         num_candidates: C that was asked for; 0 where none were.
 
     Raises:
-        CodecError: the answer is not what was asked for, or contradicts the contract.
+        CodecError: the answer is not what was asked for, was damaged on the way, or contradicts the contract.
     """
     S, K, C = num_scored, num_logprobs, num_candidates
     if message.scored_count != S or message.num_logprobs != K:
         raise CodecError(
             f"the answer has {message.scored_count} positions and {message.num_logprobs} logprobs; asked: {S}, {K}"
         )
+    _check_payload_crc32(message)
     wire_dtype = wire_dtype_from_pb(message.wire_dtype)
     f32 = WireDtype.FLOAT32
 
@@ -188,6 +193,25 @@ def scores_from_pb(
     except ScoreArraysError as exc:
         raise CodecError(str(exc)) from exc
     return scores
+
+
+def _payload_crc32(message: pb.ScoreResponse) -> int:
+    """CRC-32 over an answer's packed bytes; a field that is unset has none."""
+    checksum = 0
+    for name in _PAYLOADS:
+        checksum = zlib.crc32(getattr(message, name), checksum)
+    return checksum
+
+
+def _check_payload_crc32(message: pb.ScoreResponse) -> None:
+    if not message.HasField("payload_crc32"):
+        return
+    found = _payload_crc32(message)
+    if found != message.payload_crc32:
+        raise CodecError(
+            f"the answer's bytes have the CRC-32 {found:#010x}, payload_crc32 is {message.payload_crc32:#010x}: they "
+            "were damaged between the teacher and here; ask again, and look for the fault on the network if it stays"
+        )
 
 
 def manifest_to_pb(manifest: Manifest) -> pb.Manifest:

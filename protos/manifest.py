@@ -33,7 +33,7 @@ class Capability(enum.StrEnum):
     WIRE_BFLOAT16 = "wire_bfloat16"
     """bfloat16 on the wire."""
     IDEMPOTENCY = "idempotency"
-    """A repeated request is answered without being computed twice."""
+    """A repeated request is not computed again while it is under way, nor for a short time after."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,6 +55,9 @@ class ServiceSettings(BaseSettings):
     max_num_batched_tokens: int | None = Field(None, ge=1, description="Tokens per step of vLLM; unset: its default.")
     max_num_seqs: int | None = Field(None, ge=1, description="Sequences per step of vLLM; unset: its default.")
     enforce_eager: bool | None = Field(None, description="Whether vLLM runs without compiling; unset: only on a CPU.")
+    fake_latency_s: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Seconds that the fake engine takes for a sequence."
+    )
     max_request_bytes: int = Field(8 * 2**20, ge=64, description="Largest body of a request, in bytes.")
     max_response_bytes: int = Field(256 * 2**20, ge=64, description="Largest answer to a request, in bytes.")
     memory_budget_bytes: int | None = Field(
@@ -62,6 +65,15 @@ class ServiceSettings(BaseSettings):
         ge=2**20,
         description="Main memory that the sequences in the engine may take; unset: half of what is free when it is "
         "loaded.",
+    )
+    answer_cache_bytes: int = Field(
+        64 * 2**20,
+        ge=0,
+        description="Answers kept for requests that repeat an idempotency key, in bytes, as far as the memory budget "
+        "has them to spare; 0: none.",
+    )
+    answer_cache_seconds: float = Field(
+        60.0, ge=0, allow_inf_nan=False, description="Seconds that such an answer is kept; 0: none is."
     )
     max_queued_requests: int = Field(1024, ge=0, description="Sequences that may wait for the engine.")
     max_queued_tokens: int = Field(4 * 2**20, ge=2, description="Tokens that may wait for the engine.")

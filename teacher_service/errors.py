@@ -110,6 +110,12 @@ class InvalidIdempotencyKeyError(InvalidRequestError):
     reason = "INVALID_IDEMPOTENCY_KEY"
 
 
+class IdempotencyKeyReusedError(InvalidRequestError):
+    """idempotency_key names another request, which is under way or was answered a short while ago."""
+
+    http_status, reason = 422, "IDEMPOTENCY_KEY_REUSED"
+
+
 class InvalidTimeoutError(InvalidRequestError):
     """A timeout is no finite number of seconds > 0."""
 

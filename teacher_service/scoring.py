@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from teacher_service import memory
 from teacher_service.admission import Admission, AdmissionLimits, Demand, MemoryBudget, Phase
+from teacher_service.dedupe import AnswerCache, Deduplicator, content_digest
 from teacher_service.engine.base import Engine
 from teacher_service.engine.numerics import checked
 from teacher_service.errors import (
@@ -24,7 +25,7 @@ from teacher_service.errors import (
     TeacherServiceError,
 )
 from teacher_service.offload import off_loop
-from teacher_service.telemetry import RequestRecord
+from teacher_service.telemetry import Progress, RequestRecord
 from teacher_service.types import Capability, EngineInfo, Manifest, ScoreArrays, ScoreJob, ScoreResult, Timings
 from teacher_service.validation import ScoreRequest, validate
 
@@ -32,7 +33,7 @@ FREE_MEMORY_SHARE = 0.5
 """Of the free memory that scoring may take, where nothing else is said: the rest is for what no price knows."""
 UNKNOWN_VERSION = "0+unknown"
 """The service's version where the distribution is not installed, e.g. a bare source tree on the path."""
-WIRE_CAPABILITIES = frozenset({Capability.WIRE_FLOAT16, Capability.WIRE_BFLOAT16})
+SERVICE_CAPABILITIES = frozenset({Capability.WIRE_FLOAT16, Capability.WIRE_BFLOAT16, Capability.IDEMPOTENCY})
 """What the service itself adds to an engine's capabilities."""
 
 
@@ -50,6 +51,10 @@ class ScoringLimits:
     """Largest answer, as a message with float32."""
     memory_budget_bytes: int | None
     """Main memory that the work in the engine may take; None: `FREE_MEMORY_SHARE` of what is free once it is loaded."""
+    answer_cache_bytes: int
+    """Answers kept for repeated requests, in bytes, as far as the memory budget has them to spare; 0: none."""
+    answer_cache_s: float
+    """Seconds that such an answer is kept; 0: none is."""
     max_timeout_s: float
     """Seconds a request may take, whatever its caller allows."""
 
@@ -67,6 +72,18 @@ class Scorer:
         self._abort_error: Callable[[], TeacherServiceError] | None = None
         self.admission = Admission(limits.admission)
         """The queue and its budget."""
+        self.answer_cache = AnswerCache(
+            max_bytes=limits.answer_cache_bytes,
+            max_age_s=limits.answer_cache_s,
+            room_bytes=lambda: self.admission.spare_bytes,
+        )
+        """Answers kept for repeated requests."""
+        self._deduplicator = Deduplicator(self.answer_cache)
+
+    @property
+    def joined_requests(self) -> int:
+        """Requests that wait for the computation of an equal one; they are in no queue."""
+        return self._deduplicator.num_joined
 
     @property
     def phase(self) -> Phase:
@@ -135,24 +152,39 @@ class Scorer:
         self._check_response_size(job)
         record.num_tokens, record.num_scored, record.num_logprobs = job.num_tokens, job.num_scored, job.num_logprobs
         async with self._bounded(timeout_s):
-            scores = await self._run(job, record)
-        vocab_rows = self.manifest().vocab_rows
+            scores = await self._answer(job, request.idempotency_key, record)
         return ScoreResult(
-            scores=await off_loop(scores.size, lambda: checked(scores, job, vocab_rows=vocab_rows)),
+            scores=scores,
             manifest_digest=self.manifest().digest,
             timings=Timings(queue_s=record.queue_s, engine_s=record.engine_s),
         )
 
-    async def _run(self, job: ScoreJob, record: RequestRecord) -> ScoreArrays:
-        began_s = time.perf_counter()
-        demand = Demand(num_tokens=job.num_tokens, price=self._engine.price(job), client=record.client)
+    async def _answer(self, job: ScoreJob, key: str | None, record: RequestRecord) -> ScoreArrays:
+        client = record.client
+        if key is not None:
+            num_ids = job.num_tokens + job.num_scored * job.num_candidates
+            digest = await off_loop(num_ids, lambda: content_digest(job))
+            return await self._deduplicator.answer(
+                key, digest, lambda progress: self._compute(job, client, progress), record
+            )
+        progress, began_s = Progress(), time.perf_counter()
+        try:
+            return await self._compute(job, client, progress)
+        finally:
+            progress.tell(record, since_s=began_s)
+
+    async def _compute(self, job: ScoreJob, client: str, progress: Progress) -> ScoreArrays:
+        demand = Demand(num_tokens=job.num_tokens, price=self._engine.price(job), client=client)
         async with self.admission.admit(demand):
-            admitted_s = time.perf_counter()
-            record.queue_s = admitted_s - began_s
+            # what is kept for repeated requests makes way for it
+            self.answer_cache.trim()
+            progress.admitted_s = time.perf_counter()
             try:
-                return await self._engine.score(job)
+                scores = await self._engine.score(job)
             finally:
-                record.engine_s = time.perf_counter() - admitted_s
+                progress.finished_s = time.perf_counter()
+        vocab_rows = self.manifest().vocab_rows
+        return await off_loop(scores.size, lambda: checked(scores, job, vocab_rows=vocab_rows))
 
     def _check_response_size(self, job: ScoreJob) -> None:
         num_bytes, limit = response_bytes(job), self._limits.max_response_bytes
@@ -212,7 +244,7 @@ def build_manifest(info: EngineInfo, limits: ScoringLimits) -> Manifest:
         # a sequence above the budget would wait for ever
         max_request_tokens=min(info.max_request_tokens, limits.admission.max_inflight_tokens),
         max_request_bytes=limits.max_request_bytes,
-        capabilities=info.capabilities | WIRE_CAPABILITIES,
+        capabilities=info.capabilities | SERVICE_CAPABILITIES,
         engine=info.name,
         engine_version=info.version,
         service_version=service_version(),

@@ -56,7 +56,7 @@ class TeacherServer:
         self._addresses: Addresses | None = None
         self.ready = asyncio.Event()
         """Set once the model is loaded and work is taken."""
-        _watch_admission(telemetry, self._scorer)
+        _watch_scorer(telemetry, self._scorer)
 
     @property
     def addresses(self) -> Addresses:
@@ -238,11 +238,13 @@ def _limits(settings: ServiceSettings) -> ScoringLimits:
         max_request_bytes=settings.max_request_bytes,
         max_response_bytes=settings.max_response_bytes,
         memory_budget_bytes=settings.memory_budget_bytes,
+        answer_cache_bytes=settings.answer_cache_bytes,
+        answer_cache_s=settings.answer_cache_seconds,
         max_timeout_s=settings.max_timeout_s,
     )
 
 
-def _watch_admission(telemetry: Telemetry, scorer: Scorer) -> None:
+def _watch_scorer(telemetry: Telemetry, scorer: Scorer) -> None:
     admission = scorer.admission
     telemetry.watch("teacher_inflight_requests", "Sequences in the engine.", lambda: admission.inflight_requests)
     telemetry.watch("teacher_inflight_tokens", "Tokens in the engine.", lambda: admission.inflight_tokens)
@@ -256,6 +258,16 @@ def _watch_admission(telemetry: Telemetry, scorer: Scorer) -> None:
     )
     telemetry.watch("teacher_queued_requests", "Sequences that wait.", lambda: admission.queued_requests)
     telemetry.watch("teacher_queued_tokens", "Tokens that wait.", lambda: admission.queued_tokens)
+    telemetry.watch(
+        "teacher_joined_requests",
+        "Requests that wait for the computation of an equal one; they are in no queue.",
+        lambda: scorer.joined_requests,
+    )
+    telemetry.watch(
+        "teacher_answer_cache_bytes",
+        "Main memory that the answers kept for repeated requests take, of what the engine leaves of the budget.",
+        lambda: scorer.answer_cache.num_bytes,
+    )
 
 
 def _write_port_file(path: Path, addresses: Addresses) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import sys
 import time
 import uuid
@@ -19,6 +20,17 @@ from teacher_service.errors import ClientGoneError, InternalError, TeacherServic
 
 REASON_OK = "OK"
 _SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+class AnswerSource(enum.StrEnum):
+    """Where the answer to a request comes from."""
+
+    COMPUTED = "computed"
+    """From a computation of its own."""
+    JOINED = "joined"
+    """From one that was under way for an equal request."""
+    CACHE = "cache"
+    """From the answers kept."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,8 +55,27 @@ class RequestRecord:
     """Seconds in the engine."""
     encode_s: float = 0.0
     """Seconds turning arrays into bytes."""
+    source: AnswerSource = AnswerSource.COMPUTED
+    """Where its answer comes from."""
     reason: str = REASON_OK
     """How it ended: OK, CANCELLED, or an error's reason."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a computation is, for each request that waits for it. Times by `time.perf_counter`."""
+
+    admitted_s: float | None = None
+    """When it entered the engine; None: not yet."""
+    finished_s: float | None = None
+    """When it left the engine; None: not yet."""
+
+    def tell(self, record: RequestRecord, *, since_s: float) -> None:
+        """Note for a request that has waited since then how long that was in the queue and in the engine."""
+        until_s = time.perf_counter() if self.finished_s is None else self.finished_s
+        admitted_s = until_s if self.admitted_s is None else self.admitted_s
+        record.queue_s = max(0.0, admitted_s - since_s)
+        record.engine_s = max(0.0, until_s - max(admitted_s, since_s))
 
 
 def build_logger(*, level: str, log_format: str, file: TextIO = sys.stderr) -> FilteringBoundLogger:
@@ -86,6 +117,15 @@ class Telemetry:
         self._tokens_scored = Counter(
             "teacher_tokens_scored_total", "Positions that were scored and answered.", registry=self.registry
         )
+        deduplicated = Counter(
+            "teacher_deduplicated_requests_total",
+            "Repeated requests that were not computed again: `joined` one under way, or answered from the `cache`.",
+            ["source"],
+            registry=self.registry,
+        )
+        self._deduplicated = {
+            source: deduplicated.labels(source) for source in (AnswerSource.JOINED, AnswerSource.CACHE)
+        }
         self._engine_info = Gauge(
             "teacher_engine_route",
             "1 for the engine and the way of scoring that it takes (`fast` or `flat` for vllm).",
@@ -135,11 +175,14 @@ class Telemetry:
 
     def _finish(self, record: RequestRecord, *, total_s: float) -> None:
         self._requests.labels(record.method, record.reason).inc()
+        if record.source in self._deduplicated:
+            self._deduplicated[record.source].inc()
         if record.reason == REASON_OK and record.num_scored:
             self._tokens.inc(record.num_tokens)
             self._tokens_scored.inc(record.num_scored)
-            self._queue_s.observe(record.queue_s)
-            self._engine_s.observe(record.engine_s)
+            if record.source is AnswerSource.COMPUTED:
+                self._queue_s.observe(record.queue_s)
+                self._engine_s.observe(record.engine_s)
             self._encode_s.observe(record.encode_s)
             self._total_s.observe(total_s)
         log = self.logger.debug if record.reason == REASON_OK else self.logger.info
@@ -147,6 +190,7 @@ class Telemetry:
             "request",
             method=record.method,
             reason=record.reason,
+            source=record.source,
             request_id=record.request_id,
             client=record.client,
             num_tokens=record.num_tokens,

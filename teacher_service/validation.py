@@ -48,7 +48,7 @@ class ScoreRequest:
     return_entropy: bool = False
     """Whether the entropy is wanted."""
     idempotency_key: str | None = None
-    """Names the work. Accepted and without effect until the manifest lists the capability."""
+    """Names the work, so that repeating it costs nothing. None: it is not known again."""
 
 
 def validate(request: ScoreRequest, manifest: Manifest, *, request_id: str) -> ScoreJob:

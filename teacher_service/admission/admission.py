@@ -111,6 +111,11 @@ class Admission:
         """The most of it; None where it is not bounded."""
         return None if self._memory is None else self._memory.budget.main_bytes
 
+    @property
+    def spare_bytes(self) -> int:
+        """What of it no sequence in the engine may take; 0 where it is not bounded."""
+        return max(0, (self.budget_bytes or 0) - self.reserved_bytes)
+
     def bound_memory(self, budget: MemoryBudget) -> None:
         """Hold the engine to a budget from now on; before any work is taken."""
         self._memory = MemoryAccount(budget)

@@ -19,8 +19,13 @@ def build_engine(name: EngineName, options: EngineOptions) -> Engine:
     """
     if name == "fake":
         from teacher_service.engine.fake import FakeEngine
+        from teacher_service.engine.model_files import model_name
 
-        return FakeEngine(max_model_len=options.max_model_len or FakeEngine.DEFAULT_MAX_MODEL_LEN)
+        return FakeEngine(
+            max_model_len=options.max_model_len or FakeEngine.DEFAULT_MAX_MODEL_LEN,
+            model_name=FakeEngine.DEFAULT_MODEL_NAME if options.model is None else model_name(options.model),
+            latency_s=options.fake_latency_s,
+        )
     if options.model is None:
         raise EngineStartError(f"engine {name!r} has no model; give a checkpoint's folder or a hub id")
     if name == "transformers":

@@ -50,6 +50,7 @@ class FakeEngine:
     """
 
     DEFAULT_MAX_MODEL_LEN = 4096
+    DEFAULT_MODEL_NAME = "fake"
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class FakeEngine:
         vocab_rows: int = 32,
         max_model_len: int = DEFAULT_MAX_MODEL_LEN,
         max_num_logprobs: int | None = None,
-        model_name: str = "fake",
+        model_name: str = DEFAULT_MODEL_NAME,
         tokenizer: TokenizerManifest | None = None,
         start_error: EngineStartError | None = None,
         latency_s: float = 0.0,

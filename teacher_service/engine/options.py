@@ -10,7 +10,7 @@ class EngineOptions:
     """Options of every engine; each ignores what does not concern it."""
 
     model: str | None = None
-    """Folder of a checkpoint, or a hub id. `fake` needs none."""
+    """Folder of a checkpoint, or a hub id. `fake` needs none, and takes it for its name."""
     dtype: str = "auto"
     """Arithmetic type of the weights; `auto` takes the checkpoint's."""
     device: str = "auto"
@@ -43,3 +43,5 @@ class EngineOptions:
     """Whether vLLM runs without compiling; None: only on a CPU."""
     fast_route: bool = True
     """Whether vLLM may score by the fast route; else by its public one."""
+    fake_latency_s: float = 0.0
+    """Seconds that `fake` takes for a sequence."""

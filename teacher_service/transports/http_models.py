@@ -39,7 +39,9 @@ class ScoreBody(BaseModel):
         None, fail_fast=True, description="[S][C] token ids whose logprobs are wanted as well."
     )
     return_entropy: bool = Field(False, description="Also return the entropy per position.")
-    idempotency_key: str | None = Field(None, description="Names this work; 1 to 128 characters.")
+    idempotency_key: str | None = Field(
+        None, description="Names this work, so that a retry is not computed twice; 1 to 128 characters."
+    )
 
 
 class TimingsBody(BaseModel):

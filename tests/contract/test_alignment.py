@@ -73,6 +73,7 @@ async def test_protobuf_answers_belong_to_their_positions(ask: Any, temperature:
     np.testing.assert_allclose(scores.entropy, -(np.exp(expected) * expected).sum(axis=1), rtol=1e-5)
     np.testing.assert_allclose(scores.candidate_logprobs, expected[[[0], [1], [2]], candidate_ids], rtol=1e-5)
     assert answer.manifest_digest == manifest.digest
+    assert answer.HasField("payload_crc32")  # it was checked above
     assert answer.timings.engine_s > 0
     assert answer.timings.encode_s > 0
 

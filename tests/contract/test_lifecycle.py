@@ -372,11 +372,12 @@ async def test_manifest_is_the_same_over_grpc_and_http() -> None:
         "candidates",
         "entropy",
         "exact_tail_mass",
+        "idempotency",
         "temperature",
         "wire_bfloat16",
         "wire_float16",
     ]
-    assert len(message.capabilities) == 6
+    assert len(message.capabilities) == 7
     assert not message.HasField("weights_digest")
     assert "weights_digest" not in body
 

@@ -149,7 +149,8 @@ def _good(rng: Rng, pool: list[Known]) -> Case:
     if rng.random() < 0.3:
         request.candidates.CopyFrom(_candidates(rng, num_tokens - start, int(rng.integers(1, 6))))
     if rng.random() < 0.1:
-        request.idempotency_key = "ключ" * int(rng.integers(1, 33))
+        # of its own, and up to 128 characters long
+        request.idempotency_key = "ключ" * int(rng.integers(1, 31)) + f"{rng.integers(16**8):08x}"
     if door is not Door.JSON:
         request.wire_dtype = int(rng.integers(4))
     return Case(kind=Kind.GOOD, door=door, request=request, known=known)

@@ -23,6 +23,8 @@ LIMITS = ScoringLimits(
     max_request_bytes=1 << 20,
     max_response_bytes=1 << 20,
     memory_budget_bytes=1 << 20,
+    answer_cache_bytes=1 << 20,
+    answer_cache_s=60.0,
     max_timeout_s=20.0,
 )
 """Of a small service."""

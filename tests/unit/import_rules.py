@@ -30,7 +30,7 @@ LAYERS: Mapping[str, tuple[frozenset[str], ...]] = {
         frozenset({"bench", "server"}),
         frozenset({"transports"}),
         frozenset({"scoring"}),
-        frozenset({"admission", "engine", "validation"}),
+        frozenset({"admission", "dedupe", "engine", "validation"}),
         frozenset({"config", "errors", "memory", "offload", "telemetry", "types"}),
     ),
     "trainer": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,10 @@ def simple_arrays() -> ScoreArrays:
 
 
 def simple_message() -> pb.ScoreResponse:
-    return scores_to_pb(simple_arrays(), wire_dtype=WireDtype.FLOAT32, manifest_digest="d")
+    """As of a sender that writes no checksum: what is done to it shows in the other checks."""
+    message = scores_to_pb(simple_arrays(), wire_dtype=WireDtype.FLOAT32, manifest_digest="d")
+    message.ClearField("payload_crc32")
+    return message
 
 
 @settings(deadline=None)
@@ -224,6 +228,35 @@ def test_the_receiver_refuses_nan_on_the_wire(name: str) -> None:
     setattr(message, name, bytes(payload))
     with pytest.raises(CodecError):
         unpack(message, simple_arrays())
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@settings(deadline=None)
+@given(bit=st.integers(0, 8 * 8 - 1))
+def test_a_flipped_bit_is_refused_with_both_checksums(name: str, bit: int) -> None:
+    """Any bit of any array; without the checksum many would be a believable logprob."""
+    message = scores_to_pb(simple_arrays(), wire_dtype=WireDtype.FLOAT32, manifest_digest="d")
+    unpack(message, simple_arrays())
+    payload = bytearray(getattr(message, name))
+    payload[bit // 8] ^= 1 << bit % 8
+    setattr(message, name, bytes(payload))
+    told = f"CRC-32 0x[0-9a-f]{{8}}, payload_crc32 is {message.payload_crc32:#010x}: they were damaged"
+    with pytest.raises(CodecError, match=told):
+        unpack(message, simple_arrays())
+
+
+def test_the_checksum_is_zlibs_over_the_fields_by_number() -> None:
+    """Literally, so that another language can write it; absent fields add nothing."""
+    one = ScoreArrays(sampled_logprobs=np.array([-1.0], np.float32))
+    assert scores_to_pb(one, wire_dtype=WireDtype.FLOAT32, manifest_digest="d").payload_crc32 == 0x4119E94A
+    all_six = struct.pack("<4i", 4, 5, 6, 7) + struct.pack("<12f", -1, -2, -0.5, -3, -1, -2, -1.5, -2.5, 1, 2, -3, -4)
+    message = scores_to_pb(simple_arrays(), wire_dtype=WireDtype.FLOAT32, manifest_digest="d")
+    assert message.payload_crc32 == zlib.crc32(all_six)
+
+
+def test_an_answer_without_a_checksum_is_read() -> None:
+    """As from a service older than the field."""
+    assert unpack(simple_message(), simple_arrays()).num_scored == 2
 
 
 def test_a_tail_of_nothing_passes() -> None:

@@ -16,6 +16,7 @@ from teacher_service.errors import (
     DrainingError,
     EngineDeadError,
     EngineError,
+    IdempotencyKeyReusedError,
     InvalidCandidatesError,
     MissingCapabilityError,
     NotReadyError,
@@ -98,7 +99,7 @@ async def test_what_the_engine_cannot_do_is_refused_by_name(request_fields: dict
     with pytest.raises(MissingCapabilityError, match=f"capability {capability}, which engine fake lacks") as caught:
         await score(scorer, **request_fields)
     assert caught.value.metadata["value"] == capability
-    assert caught.value.metadata["limit"] == "wire_bfloat16, wire_float16"
+    assert caught.value.metadata["limit"] == "idempotency, wire_bfloat16, wire_float16"
     assert (await score(scorer)).scores.num_scored == 3
 
 
@@ -228,6 +229,88 @@ async def test_death_ends_work_in_the_engine_and_in_the_queue() -> None:
         await score(scorer)
 
 
+async def test_a_repeated_request_costs_the_engine_nothing() -> None:
+    """Its answer is the same, and no time of it was spent in queue or engine."""
+    engine = FakeEngine()
+    scorer = await open_scorer(engine)
+    first = await score(scorer, idempotency_key="k")
+    again = await score(scorer, idempotency_key="k")
+    assert len(engine.finished) == 1
+    assert again.scores.sampled_logprobs.tolist() == first.scores.sampled_logprobs.tolist()
+    assert first.timings.engine_s > 0
+    assert (again.timings.queue_s, again.timings.engine_s) == (0.0, 0.0)
+    await score(scorer)
+    await score(scorer)
+    assert len(engine.finished) == 3
+
+
+async def test_a_repeated_request_is_held_to_the_rules_all_the_same() -> None:
+    """What is kept under its key does not spare it the checks, nor lets other content pass."""
+    scorer = await open_scorer(FakeEngine())
+    await score(scorer, idempotency_key="k")
+    with pytest.raises(TokenIdOutOfRangeError):
+        await score(scorer, token_ids=[3, 1, 99], idempotency_key="k")
+    with pytest.raises(IdempotencyKeyReusedError):
+        await score(scorer, num_logprobs=1, idempotency_key="k")
+
+
+async def test_a_joined_request_takes_no_place_of_its_own() -> None:
+    """Neither in the engine nor in the queue, whose bounds would not hold all of these."""
+    engine = FakeEngine()
+    engine.scoring_gate.clear()
+    scorer = await open_scorer(engine)
+    work = [asyncio.create_task(score(scorer, idempotency_key="k")) for _ in range(12)]
+    await settle()
+    admission = scorer.admission
+    assert (admission.inflight_requests, admission.queued_requests, scorer.joined_requests) == (1, 0, 11)
+    engine.scoring_gate.set()
+    assert len(await asyncio.gather(*work)) == 12
+    assert len(engine.finished) == 1
+
+
+async def test_each_who_waits_has_a_deadline_of_its_own() -> None:
+    """The hasty one is told, and the patient one answered."""
+    engine = FakeEngine()
+    engine.scoring_gate.clear()
+    scorer = await open_scorer(engine)
+    hasty = asyncio.create_task(score(scorer, timeout_s=0.01, idempotency_key="k"))
+    patient = asyncio.create_task(score(scorer, idempotency_key="k"))
+    with pytest.raises(DeadlineExceededError):
+        await hasty
+    engine.scoring_gate.set()
+    assert (await patient).scores.num_scored == 3
+    assert engine.cancelled == []
+
+
+async def test_an_end_of_all_work_ends_what_was_joined() -> None:
+    """All who wait are told, and the engine is rid of it once no work is left."""
+    engine = FakeEngine()
+    engine.scoring_gate.clear()
+    scorer = await open_scorer(engine)
+    work = [asyncio.create_task(score(scorer, idempotency_key="k")) for _ in range(2)]
+    await settle()
+    scorer.begin_drain()
+    scorer.abort_work()
+    await asyncio.wait_for(scorer.wait_idle(), 5)
+    assert (engine.running, len(engine.cancelled)) == (set(), 1)
+    for one in work:
+        with pytest.raises(DrainingError):
+            await one
+
+
+async def test_kept_answers_make_way_for_work() -> None:
+    """They are within the memory budget, and the engine comes first."""
+    engine = FakeEngine()
+    large = {"token_ids": [1] * 1000, "score_start": 1, "num_logprobs": 7}
+    request = validate(ScoreRequest(**large), build_manifest(await engine.start(), LIMITS), request_id="r")
+    budget_bytes = engine.price(request).held_bytes
+    scorer = await open_scorer(engine, dataclasses.replace(LIMITS, memory_budget_bytes=budget_bytes))
+    await score(scorer, idempotency_key="k")
+    assert 0 < scorer.answer_cache.num_bytes < budget_bytes
+    await score(scorer, **large)
+    assert scorer.answer_cache.num_bytes == 0
+
+
 async def test_an_engine_that_loads_too_late_does_not_end_a_drain() -> None:
     """A stop while loading is final."""
     engine = FakeEngine()
@@ -238,8 +321,8 @@ async def test_an_engine_that_loads_too_late_does_not_end_a_drain() -> None:
         await score(scorer)
 
 
-async def test_the_manifest_takes_the_tighter_bound_and_adds_the_wire_types() -> None:
-    """The operator's and the engine's bounds meet in the manifest; idempotency is not offered."""
+async def test_the_manifest_takes_the_tighter_bound_and_adds_what_the_service_can_do() -> None:
+    """The operator's and the engine's bounds meet in the manifest; wire types and idempotency come with any engine."""
     info = await FakeEngine(vocab_rows=10, max_model_len=5000).start()
     manifest = build_manifest(info, LIMITS)
     assert (manifest.max_num_logprobs, manifest.max_request_tokens, manifest.max_model_len) == (10, 1000, 5000)
@@ -250,5 +333,6 @@ async def test_the_manifest_takes_the_tighter_bound_and_adds_the_wire_types() ->
         Capability.EXACT_TAIL_MASS,
         Capability.WIRE_FLOAT16,
         Capability.WIRE_BFLOAT16,
+        Capability.IDEMPOTENCY,
     }
     assert manifest.service_version == service_version() != UNKNOWN_VERSION

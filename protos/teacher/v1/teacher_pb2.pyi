@@ -129,7 +129,7 @@ class Candidates(_message.Message):
     def __init__(self, count: _Optional[int] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("scored_count", "num_logprobs", "wire_dtype", "topk_token_ids", "topk_logprobs", "sampled_logprobs", "log_tail_mass", "entropy", "candidate_logprobs", "manifest_digest", "timings")
+    __slots__ = ("scored_count", "num_logprobs", "wire_dtype", "topk_token_ids", "topk_logprobs", "sampled_logprobs", "log_tail_mass", "entropy", "candidate_logprobs", "manifest_digest", "timings", "payload_crc32")
     SCORED_COUNT_FIELD_NUMBER: _ClassVar[int]
     NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class ScoreResponse(_message.Message):
     CANDIDATE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_CRC32_FIELD_NUMBER: _ClassVar[int]
     scored_count: int
     num_logprobs: int
     wire_dtype: WireDtype
@@ -152,7 +153,8 @@ class ScoreResponse(_message.Message):
     candidate_logprobs: bytes
     manifest_digest: str
     timings: Timings
-    def __init__(self, scored_count: _Optional[int] = ..., num_logprobs: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., topk_token_ids: _Optional[bytes] = ..., topk_logprobs: _Optional[bytes] = ..., sampled_logprobs: _Optional[bytes] = ..., log_tail_mass: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., manifest_digest: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    payload_crc32: int
+    def __init__(self, scored_count: _Optional[int] = ..., num_logprobs: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., topk_token_ids: _Optional[bytes] = ..., topk_logprobs: _Optional[bytes] = ..., sampled_logprobs: _Optional[bytes] = ..., log_tail_mass: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., manifest_digest: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., payload_crc32: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "engine_s", "encode_s")

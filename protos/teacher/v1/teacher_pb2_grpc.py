@@ -76,7 +76,8 @@ class TeacherServiceServicer(object):
     def Score(self, request, context):
         """Scores one sequence.
 
-        INVALID_ARGUMENT: a field is out of range. FAILED_PRECONDITION: the engine lacks the capability asked for.
+        INVALID_ARGUMENT: a field is out of range, or an idempotency_key names another request.
+        FAILED_PRECONDITION: the engine lacks the capability asked for.
         RESOURCE_EXHAUSTED: the queue is full (with retry delay), or the message is over the size limit (without).
         UNAVAILABLE: loading or draining. DEADLINE_EXCEEDED: the caller's time ran out; the work is dropped.
         INTERNAL: the engine failed.
