@@ -29,6 +29,14 @@ class NumericsError(GKDError, ArithmeticError):
     """A number that must be finite is not."""
 
 
+class TeacherLostError(GKDError):
+    """The run ends because the teacher could not score what the step needs."""
+
+
+class CheckpointError(GKDError):
+    """A checkpoint could not be written."""
+
+
 class TeacherRequestError(GKDError, ValueError):
     """The arguments of a teacher call are out of range; nothing was sent."""
 

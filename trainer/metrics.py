@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 TEACHER_KL_LOSS = "actor/teacher_kl_loss"
@@ -18,10 +18,17 @@ SELECT_STRATEGY = "gkd/select_strategy"
 """`gkd_select_strategy` as its number in STRATEGY_NUMBERS, since most loggers take only numbers."""
 STRATEGY_NUMBERS: Mapping[str, float] = {"all": 0.0, "random": 1.0, "best": 2.0, "worst": 3.0}
 TEACHER_KNOWLEDGE = "timing/teacher_knowledge"
-"""Seconds between the last response and the last teacher answer of the batch: what the step waited."""
+"""Seconds that the step waited for the teacher: from when all responses were there, or the step began to want them if
+that was later, to the last answer."""
 TEACHER_LATENCY_MEAN = "timing/teacher_latency/mean"
 TEACHER_LATENCY_MAX = "timing/teacher_latency/max"
 """Seconds from a request to its answer, retries included."""
+TEACHER_INFLIGHT = "gkd/teacher_inflight"
+"""Most teacher calls that one agent-loop worker had under way when one of the batch's was answered."""
+TEACHER_COVERAGE = "gkd/teacher_coverage"
+"""Responses that the teacher scored over those that it was asked about."""
+PER_TEACHER = "gkd/teacher/"
+"""Prefix of what is logged of each teacher where there are several."""
 SCORED_TOKENS = "gkd/scored_tokens"
 """Response tokens that the teacher scored for the batch."""
 TEACHER_TAIL_MASS = "gkd/teacher_tail_mass"
@@ -45,6 +52,8 @@ ROLLOUT_PROBS = LOSS_SUMS + "rollout_probs/"
 class TeacherCall:
     """What one response cost at the teacher; times are seconds since the epoch."""
 
+    teacher: str
+    """Name of the teacher, see `teacher.routes`."""
     asked_at_s: float
     """When it was sent."""
     scored_at_s: float
@@ -55,6 +64,8 @@ class TeacherCall:
     """S."""
     tail_mass: float
     """Mean teacher probability outside the top-k."""
+    num_inflight: int
+    """Calls that its worker had under way when it was answered, itself included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,25 +74,78 @@ class BatchCalls:
 
     calls: Mapping[str, TeacherCall]
     """By the key of each scored response."""
+    failed: Mapping[str, str]
+    """Of each response that the teacher was asked about in vain, by its key: the teacher's name."""
     num_responses: int
     """Scored or not."""
-    generated_at_s: float
-    """When the last response was complete, in seconds since the epoch."""
+    waited_s: float
+    """What the step waited for the teacher."""
+
+    @property
+    def coverage(self) -> float | None:
+        """Scored responses over those that were to be scored; None where none was."""
+        asked = len(self.calls) + len(self.failed)
+        return len(self.calls) / asked if asked else None
+
+
+def merge(batches: Sequence[BatchCalls]) -> BatchCalls:
+    """The batches of one step as one."""
+    return BatchCalls(
+        calls={key: call for one in batches for key, call in one.calls.items()},
+        failed={key: name for one in batches for key, name in one.failed.items()},
+        num_responses=sum(one.num_responses for one in batches),
+        waited_s=sum(one.waited_s for one in batches),
+    )
+
+
+def waited_s(calls: Iterable[TeacherCall], *, generated_at_s: float, wanted_at_s: float) -> float:
+    """Seconds that a step waited for the last of `calls`.
+
+    Args:
+        calls: those that the step needs.
+        generated_at_s: when the last response was complete, in seconds since the epoch.
+        wanted_at_s: when the step began to want them; what came before cost it nothing.
+    """
+    last_s = max((one.scored_at_s for one in calls), default=-math.inf)
+    return max(0.0, last_s - max(generated_at_s, wanted_at_s))
 
 
 def teacher_metrics(batch: BatchCalls) -> dict[str, float]:
-    """What a batch's teacher calls amount to; times and masses are absent where nothing was scored."""
+    """What a step's teacher calls amount to; times and masses are absent where nothing was scored."""
     calls = tuple(batch.calls.values())
     tokens = sum(one.scored_tokens for one in calls)
     metrics = {SELECT_RATIO: len(calls) / batch.num_responses, SCORED_TOKENS: float(tokens)}
+    if batch.coverage is not None:
+        metrics[TEACHER_COVERAGE] = batch.coverage
     if tokens:
-        waited_s = max(one.scored_at_s for one in calls) - batch.generated_at_s
         metrics |= {
-            TEACHER_KNOWLEDGE: max(0.0, waited_s),
+            TEACHER_KNOWLEDGE: batch.waited_s,
             TEACHER_LATENCY_MEAN: sum(one.latency_s for one in calls) / len(calls),
             TEACHER_LATENCY_MAX: max(one.latency_s for one in calls),
             TEACHER_TAIL_MASS: sum(one.tail_mass * one.scored_tokens for one in calls) / tokens,
+            TEACHER_INFLIGHT: float(max(one.num_inflight for one in calls)),
         }
+    return metrics
+
+
+def metrics_per_teacher(batch: BatchCalls) -> dict[str, float]:
+    """The figures that tell several teachers apart; those without a value are absent."""
+    metrics: dict[str, float] = {}
+    for name in sorted({one.teacher for one in batch.calls.values()} | set(batch.failed.values())):
+        calls = [one for one in batch.calls.values() if one.teacher == name]
+        num_failed = sum(one == name for one in batch.failed.values())
+        tokens = sum(one.scored_tokens for one in calls)
+        prefix = f"{PER_TEACHER}{name}/"
+        metrics |= {
+            prefix + "scored_tokens": float(tokens),
+            prefix + "coverage": len(calls) / (len(calls) + num_failed),
+        }
+        if tokens:
+            metrics |= {
+                prefix + "latency_mean_s": sum(one.latency_s for one in calls) / len(calls),
+                prefix + "latency_max_s": max(one.latency_s for one in calls),
+                prefix + "tail_mass": sum(one.tail_mass * one.scored_tokens for one in calls) / tokens,
+            }
     return metrics
 
 

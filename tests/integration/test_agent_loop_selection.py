@@ -26,20 +26,26 @@ def _vllm_alias() -> None:
     vllm_metadata.install_vllm_alias()
 
 
-class CountingTeacher:
-    """Answers at once, and remembers the first response token of each request."""
+class CountingTeachers:
+    """Answer at once, and remember the first response token of each request, and who was asked."""
 
-    def __init__(self, error: TeacherFailedError | None = None) -> None:
+    def __init__(self) -> None:
         self.asked: list[int] = []
-        self.error = error
+        self.names: list[str] = []
+        self.affinities: set[str] = set()
+        self.error: TeacherFailedError | None = None
 
-    async def score(self, token_ids: Sequence[int], *, score_start: int, **_rest: object) -> TeacherScores:
-        """As the client's, of ones."""
+    async def score(
+        self, name: str, token_ids: Sequence[int], *, score_start: int, affinity: str
+    ) -> tuple[TeacherScores, int]:
+        """As `Teachers.score`, of ones."""
         self.asked.append(token_ids[score_start])
+        self.names.append(name)
+        self.affinities.add(affinity)
         if self.error is not None:
             raise self.error
         length = len(token_ids) - score_start
-        return TeacherScores(
+        scores = TeacherScores(
             sampled_logprobs=np.full(length, -1.0, np.float32),
             topk_token_ids=np.tile(np.arange(K, dtype=np.int32), (length, 1)),
             topk_logprobs=np.full((length, K), -1.0, np.float32),
@@ -49,25 +55,32 @@ class CountingTeacher:
             endpoint="e",
             timings=TeacherTimings(total_s=0.0, queue_s=0.0, engine_s=0.0),
         )
+        return scores, len(self.asked)
 
 
 class Bench:
     """N responses of one prompt on a worker without verl's engine; response i has the token 10 + i."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, strategy: SelectStrategy, *, k: int = 1, only: bool = False
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        strategy: SelectStrategy,
+        *,
+        k: int = 1,
+        only: bool = False,
+        **teacher: Any,
     ) -> None:
         from trainer.verl_adapter import agent_loop
         from trainer.verl_adapter.prompt_group import PromptGroup
 
-        self.teacher = CountingTeacher()
+        self.teacher = CountingTeachers()
+        self.tags: dict[str, dict[str, Any]] = {}
         self.rewards: dict[int, asyncio.Future[float]] = {}
         self.worker = agent_loop.GKDAgentLoopWorker.__new__(agent_loop.GKDAgentLoopWorker)
         actor = ActorConfig(use_teacher_kl_loss=True, gkd_only_mode=only, gkd_select_strategy=strategy, gkd_select_k=k)
-        self.worker._gkd = GKDConfig(actor=actor, teacher=TeacherConfig(num_logprobs=K))
+        self.worker._gkd = GKDConfig(actor=actor, teacher=TeacherConfig(num_logprobs=K, **teacher))
         self.worker._groups = {"u": PromptGroup(N)}
-        self.worker._connecting = asyncio.Lock()
-        self.worker._teacher = self.teacher
+        self.worker._teachers = self.teacher
         bench = self
 
         class Plain:
@@ -88,6 +101,11 @@ class Bench:
             async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
                 outputs[-1].reward_score = await bench.rewards[kwargs["session_id"]]
 
+        async def keep_tag(key: str, partition_id: str, tag: dict[str, Any]) -> None:
+            assert partition_id == "train"
+            self.tags[key] = tag
+
+        monkeypatch.setattr(agent_loop.tq, "async_kv_put", keep_tag)
         for name in ("_run_agent_loop", "_agent_loop_postprocess", "_compute_score"):
             monkeypatch.setattr(agent_loop._PlainWorker, name, getattr(Plain, name))
 
@@ -187,9 +205,28 @@ async def test_distillation_alone_asks_for_no_reward(monkeypatch: pytest.MonkeyP
     assert all(one.reward_score is None for one in outputs)
 
 
-async def test_a_teacher_error_stays_with_its_response(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer finds it there; the response is not dropped without a word."""
+async def test_a_teacher_error_stays_with_its_response_and_tells_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The response is not dropped without a word, and the trainer need not wait for the others."""
     bench = Bench(monkeypatch, "all", only=True)
     bench.teacher.error = TeacherFailedError("broken", endpoint="e", reason="R")
     outputs = await _all(bench.start())
-    assert all("broken" in one.extra_fields["gkd_teacher_error"] for one in outputs)
+    assert all(one.extra_fields["gkd_teacher_error"] == {"teacher": "teacher", "message": "broken"} for one in outputs)
+    assert bench.tags == {f"u_{i}_0": {"gkd_teacher_lost": "broken"} for i in range(N)}
+    assert _scored(outputs) == []
+
+
+async def test_the_column_chooses_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's data source has its own teacher, the rest has another; siblings share an affinity."""
+    bench = Bench(monkeypatch, "all", only=True, routes={"math": "m:1", "*": "r:1"})
+    await _all([*bench.start(data_source="math")])
+    await _all([*bench.start(data_source="code")])
+    assert bench.teacher.names == ["math"] * N + ["*"] * N
+    assert bench.teacher.affinities == {"u"}
+
+
+async def test_a_row_without_a_route_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error names the value and the routes."""
+    bench = Bench(monkeypatch, "all", only=True, routes={"math": "m:1"})
+    results = await _all(bench.start(data_source="code"))
+    assert all("data_source='code'" in str(one) and "math" in str(one) for one in results)
+    assert bench.teacher.asked == []

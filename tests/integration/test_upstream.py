@@ -45,15 +45,56 @@ def test_versions_are_the_pinned_ones() -> None:
         "_compute_advantage",
         "_dump_generations",
         "_compute_metrics",
+        "_build_replay_buffer",
+        "_save_checkpoint",
+        "fit",
+        "on_step_begin",
+        "on_step_end",
+        "on_sample_begin",
     ],
 )
-def test_overridden_trainer_methods_keep_their_signature(name: str) -> None:
-    """The mixin's methods take what verl's take, in the same order."""
-    from verl.trainer.ppo.v1 import PPOTrainerSync
+@pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
+def test_overridden_trainer_methods_keep_their_signature(name: str, mode: str) -> None:
+    """The mixins' methods take what verl's take, in the same order."""
+    from verl.trainer.ppo.v1 import get_trainer_cls
 
+    from trainer.verl_adapter.stopping import StoppableMixin
     from trainer.verl_adapter.trainers import GKDTrainerMixin
 
-    assert _parameters(getattr(GKDTrainerMixin, name)) == _parameters(getattr(PPOTrainerSync, name))
+    ours = GKDTrainerMixin if name in vars(GKDTrainerMixin) else StoppableMixin
+    assert _parameters(getattr(ours, name)) == _parameters(getattr(get_trainer_cls(mode), name))
+
+
+def test_responses_are_looked_at_where_verl_waits_for_them_and_takes_them() -> None:
+    """The two methods of verl's buffers that are watched, and the place where a step hands over its prompts."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+    assert [name for name, _ in _parameters(ReplayBuffer._wait_for_next_poll)] == [
+        "self", "partition_id", "last_debug_time",
+    ]  # fmt: skip
+    assert [name for name, _ in _parameters(ReplayBuffer._materialize_batch)] == [
+        "self", "partition_id", "selected_prompt_uids", "partition_snapshot",
+    ]  # fmt: skip
+    for source in (ReplayBuffer.sample, ReplayBufferAsync.sample):
+        assert "self._materialize_batch(partition_id, selected_prompt_uids, partition_snapshot)" in inspect.getsource(
+            inspect.unwrap(source)
+        )
+    for source in (ReplayBuffer.sample, ReplayBufferAsync.wait_for_sampleable):
+        assert "self._wait_for_next_poll(partition_id, last_debug_time)" in inspect.getsource(inspect.unwrap(source))
+    assert "tq.kv_clear(partition_id=partition_id, keys=selected_prompt_uids)" in inspect.getsource(
+        ReplayBuffer._materialize_batch
+    )
+
+
+def test_a_step_ends_after_its_update_and_before_the_next_batch_is_fetched() -> None:
+    """So the dataloader's state at the end of a step is where a resumed run goes on."""
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+
+    fit = inspect.getsource(PPOTrainerSync.fit)
+    calls = ["self.on_step_begin()", "self.step(metrics", "self._save_checkpoint()", "self.on_step_end()"]
+    assert [fit.count(call) for call in calls] == [1] * len(calls)
+    assert sorted(calls, key=fit.index) == calls
+    assert "self.prepare_step()" in inspect.getsource(PPOTrainerSync.step)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +145,15 @@ def test_engine_calls_the_loss_on_the_logits() -> None:
     assert "logits_processor_func(student_logits=logits_rmpad.unsqueeze(0), data=micro_batch)" in source
 
 
-def test_trainer_registry_has_the_mode() -> None:
-    """The task runner looks its trainer up where ours is put."""
+def test_trainer_registry_has_the_modes() -> None:
+    """The task runner looks its trainer up where ours are put."""
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, get_trainer_cls
 
-    assert TRAINER_REGISTRY["sync"] is get_trainer_cls("sync")
+    from trainer.verl_adapter.trainers import GKD_TRAINERS, PLAIN_TRAINERS
+
+    assert set(TRAINER_REGISTRY) == set(GKD_TRAINERS) == set(PLAIN_TRAINERS)
+    for mode in TRAINER_REGISTRY:
+        assert TRAINER_REGISTRY[mode] is get_trainer_cls(mode)
 
 
 def test_replay_buffer_polls_by_the_attribute() -> None:

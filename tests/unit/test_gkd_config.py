@@ -48,6 +48,9 @@ def test_yaml_and_code_agree_on_keys_and_defaults(path: str, model: type[BaseMod
     assert section == model().model_dump()
 
 
+GKD_GRPO = {"use_teacher_kl_loss": True}
+
+
 def test_defaults_are_the_documented_ones() -> None:
     """Without a key, a run is plain GRPO with the documented defaults."""
     gkd = GKDConfig.read(_config())
@@ -60,7 +63,8 @@ def test_defaults_are_the_documented_ones() -> None:
         1.0,
         12345,
     )
-    assert gkd.teacher.addresses == ("127.0.0.1:15555",)
+    assert gkd.teacher.teachers == {"teacher": ("127.0.0.1:15555",)}
+    assert (gkd.teacher.on_failure, gkd.teacher.give_up_s) == ("wait", 600.0)
 
 
 def test_gkd_only_mode_is_read_from_its_paths() -> None:
@@ -68,7 +72,7 @@ def test_gkd_only_mode_is_read_from_its_paths() -> None:
     teacher = {"server_ip": "10.0.0.7", "server_port": 1234, "n_server_workers": 3, "temperature": 2.0}
     gkd = GKDConfig.read(_config({**GKD_ONLY, "teacher_kl_temperature": 1.5}, teacher=teacher))
     assert gkd.mode is Mode.GKD
-    assert gkd.teacher.addresses == ("10.0.0.7:1234",)
+    assert gkd.teacher.teachers == {"teacher": ("10.0.0.7:1234",)}
     assert gkd.teacher.max_inflight == 3 * 64
     assert gkd.request_temperature == pytest.approx(3.0)
 
@@ -76,7 +80,40 @@ def test_gkd_only_mode_is_read_from_its_paths() -> None:
 def test_endpoints_replace_the_single_address() -> None:
     """A list of replicas wins over server_ip and server_port."""
     gkd = GKDConfig.read(_config(GKD_ONLY, teacher={"endpoints": ["a:1", "b:2"]}))
-    assert gkd.teacher.addresses == ("a:1", "b:2")
+    assert gkd.teacher.teachers == {"teacher": ("a:1", "b:2")}
+
+
+def test_a_dns_name_stays_one_name() -> None:
+    """It is looked up by the client, again and again."""
+    gkd = GKDConfig.read(_config(GKD_ONLY, teacher={"endpoints": "teacher.default.svc:15555"}))
+    assert gkd.teacher.teachers == {"teacher": "teacher.default.svc:15555"}
+
+
+def test_routes_choose_by_value() -> None:
+    """Each value its own teacher, and one for the rest; without that one, others are refused by name."""
+    routes: dict[str, Any] = {"math": ["a:1", "b:2"], "*": "c:3"}
+    teacher = GKDConfig.read(_config(GKD_ONLY, teacher={"routes": routes})).teacher
+    assert teacher.teachers == {"math": ("a:1", "b:2"), "*": "c:3"}
+    assert [teacher.teacher_for(one) for one in ("math", "code", None)] == ["math", "*", "*"]
+    del routes["*"]
+    teacher = GKDConfig.read(_config(GKD_ONLY, teacher={"routes": routes})).teacher
+    with pytest.raises(ConfigError, match=r"data_source='code'.*knows only math"):
+        teacher.teacher_for("code")
+
+
+def test_fail_gives_up_after_one_attempts_time() -> None:
+    """The others wait for max_wait_s."""
+    for on_failure, expected in (("wait", 9.0), ("degrade", 9.0), ("fail", 4.0)):
+        teacher = {"on_failure": on_failure, "timeout_s": 4.0, "max_wait_s": 9.0}
+        assert GKDConfig.read(_config(GKD_GRPO, teacher=teacher)).teacher.give_up_s == expected
+
+
+def test_degrade_leaves_some_unscored() -> None:
+    """A batch may then hold responses without scores, whichever were selected."""
+    teacher = {"on_failure": "degrade"}
+    assert GKDConfig.read(_config(GKD_GRPO, teacher=teacher)).scores_partly
+    assert not GKDConfig.read(_config(GKD_GRPO)).scores_partly
+    assert not GKDConfig.read(_config({}, teacher=teacher)).scores_partly
 
 
 def test_unknown_teacher_key_names_the_nearest() -> None:
@@ -94,6 +131,9 @@ def test_unknown_teacher_key_names_the_nearest() -> None:
         ({"gkd_select_k": 0}, {}, "actor.gkd_select_k=0"),
         ({"gkd_select_strategy": "bset"}, {}, "actor.gkd_select_strategy='bset'"),
         ({}, {"teacher": {"server_port": 0}}, "teacher.server_port=0"),
+        ({}, {"teacher": {"on_failure": "ignore"}}, "teacher.on_failure='ignore'"),
+        ({}, {"teacher": {"min_coverage": 0}}, "teacher.min_coverage=0"),
+        ({}, {"teacher": {"hedge_percentile": 1.0}}, "teacher.hedge_percentile=1.0"),
         ({}, {"teacher": {"temperature": float("inf")}}, "teacher.temperature=inf"),
         ({}, {"trainer": {"gkd_lambda": 1.5}}, "trainer.gkd_lambda=1.5"),
         ({}, {"data": {"off_policy_batch_size": 0}}, "data.off_policy_batch_size=0"),
@@ -103,9 +143,6 @@ def test_out_of_range_values_are_refused(actor: dict[str, Any], sections: dict[s
     """The error names the key and the value."""
     with pytest.raises(ConfigError, match=message):
         GKDConfig.read(_config({**GKD_ONLY, **actor}, **sections))
-
-
-GKD_GRPO = {"use_teacher_kl_loss": True}
 
 
 def _check(config: dict[str, Any]) -> None:
@@ -120,6 +157,36 @@ def _check(config: dict[str, Any]) -> None:
         ({**GKD_ONLY, "gkd_select_strategy": "best"}, 4, {}, "=best ranks responses by reward, and there is none"),
         ({**GKD_ONLY, "gkd_select_strategy": "worst"}, 4, {}, "=worst ranks responses by reward, and there is none"),
         ({**GKD_GRPO, "gkd_select_k": 5}, 4, {}, r"gkd_select_k=5 .*rollout\.n=4"),
+        (GKD_ONLY, 1, {"actor_rollout_ref.teacher.on_failure": "degrade"}, "on_failure=degrade goes on with GRPO"),
+        (GKD_ONLY, 1, {"actor_rollout_ref.teacher.routes": {}}, "teacher.routes is empty"),
+        (
+            GKD_ONLY,
+            1,
+            {"actor_rollout_ref.teacher.routes": {"a": "h:1"}, "actor_rollout_ref.teacher.endpoints": ["h:2"]},
+            "would be ignored beside teacher.routes",
+        ),
+        (
+            GKD_ONLY,
+            1,
+            {"trainer.v1.trainer_mode": "separate_async", "trainer.v1.sampler.max_off_policy_threshold": None},
+            "max_off_policy_threshold=null leaves the age of responses unbounded",
+        ),
+        (
+            GKD_ONLY,
+            1,
+            {
+                "trainer.v1.trainer_mode": "colocate_async",
+                "trainer.enable_off_policy": True,
+                "trainer.gkd_lambda": 0.5,
+            },
+            "use trainer.v1.trainer_mode=sync",
+        ),
+        (
+            {**GKD_GRPO, "shuffle": True},
+            4,
+            {"actor_rollout_ref.teacher.on_failure": "degrade"},
+            "the scored tokens of each mini-batch are counted",
+        ),
         ({**GKD_ONLY, "gkd_select_strategy": "random", "gkd_select_k": 2}, 1, {}, r"gkd_select_k=2 .*rollout\.n=1"),
         (
             {**GKD_GRPO, "gkd_select_strategy": "best"},

@@ -5,36 +5,100 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.metrics import LOSS_SUMS, ROLLOUT_PROBS, BatchCalls, TeacherCall, loss_metrics, pearson_correlation
+from trainer.metrics import (
+    LOSS_SUMS,
+    ROLLOUT_PROBS,
+    BatchCalls,
+    TeacherCall,
+    loss_metrics,
+    merge,
+    metrics_per_teacher,
+    pearson_correlation,
+    waited_s,
+)
 from trainer.metrics import teacher_metrics as _teacher_metrics
 
 
-def _call(asked_at_s: float, scored_at_s: float, scored_tokens: int, tail_mass: float) -> TeacherCall:
+def _call(
+    asked_at_s: float,
+    scored_at_s: float,
+    scored_tokens: int,
+    tail_mass: float,
+    *,
+    teacher: str = "t",
+    inflight: int = 1,
+) -> TeacherCall:
     return TeacherCall(
+        teacher=teacher,
         asked_at_s=asked_at_s,
         scored_at_s=scored_at_s,
         latency_s=scored_at_s - asked_at_s,
         scored_tokens=scored_tokens,
         tail_mass=tail_mass,
+        num_inflight=inflight,
     )
 
 
-def teacher_metrics(*calls: TeacherCall, num_responses: int = 2, generated_at_s: float = 10.0) -> dict[str, float]:
-    by_key = {f"{number}": call for number, call in enumerate(calls)}
-    return _teacher_metrics(BatchCalls(calls=by_key, num_responses=num_responses, generated_at_s=generated_at_s))
+def _batch(
+    *calls: TeacherCall, prefix: str = "", failed: tuple[str, ...] = (), num_responses: int = 2, waited: float = 0.5
+) -> BatchCalls:
+    return BatchCalls(
+        calls={f"{prefix}{number}": call for number, call in enumerate(calls)},
+        failed={f"{prefix}failed{number}": name for number, name in enumerate(failed)},
+        num_responses=num_responses,
+        waited_s=waited,
+    )
+
+
+def teacher_metrics(*calls: TeacherCall, num_responses: int = 2) -> dict[str, float]:
+    return _teacher_metrics(_batch(*calls, num_responses=num_responses))
 
 
 def test_only_the_wait_after_the_last_response_counts() -> None:
     """A long call hidden behind generation costs the step nothing; the last answer's delay is what it waits for."""
-    metrics = teacher_metrics(_call(0.0, 9.0, 10, 0.1), _call(10.0, 10.5, 30, 0.5))
+    calls = (_call(0.0, 9.0, 10, 0.1), _call(10.0, 10.5, 30, 0.5))
+    assert waited_s(calls, generated_at_s=10.0, wanted_at_s=0.0) == pytest.approx(0.5)
+    metrics = teacher_metrics(*calls)
     assert metrics["timing/teacher_knowledge"] == pytest.approx(0.5)
     assert metrics["timing/teacher_latency/max"] == pytest.approx(9.0)
     assert metrics["timing/teacher_latency/mean"] == pytest.approx(4.75)
 
 
-def test_answers_before_the_last_response_are_not_waited_for() -> None:
-    """The last response was not selected, and all scores were there before it was complete."""
-    assert teacher_metrics(_call(0.0, 9.0, 10, 0.1))["timing/teacher_knowledge"] == 0
+def test_what_came_before_the_step_wanted_it_is_not_waited_for() -> None:
+    """Not scores that were there before the last response, nor calls that an asynchronous step never saw."""
+    assert waited_s([_call(0.0, 9.0, 10, 0.1)], generated_at_s=10.0, wanted_at_s=0.0) == 0
+    assert waited_s([_call(0.0, 9.0, 10, 0.1)], generated_at_s=1.0, wanted_at_s=20.0) == 0
+    assert waited_s([_call(0.0, 9.0, 10, 0.1)], generated_at_s=1.0, wanted_at_s=8.0) == pytest.approx(1.0)
+    assert waited_s([], generated_at_s=1.0, wanted_at_s=8.0) == 0
+
+
+def test_the_batches_of_a_step_add_up() -> None:
+    """Calls and waits of all of them."""
+    merged = merge([_batch(_call(0, 1, 5, 0), prefix="a"), _batch(_call(0, 1, 7, 0), prefix="b", failed=("t",))])
+    metrics = _teacher_metrics(merged)
+    assert metrics["gkd/scored_tokens"] == 12
+    assert metrics["timing/teacher_knowledge"] == pytest.approx(1.0)
+    assert metrics["gkd/select_ratio"] == 0.5
+    assert metrics["gkd/teacher_coverage"] == pytest.approx(2 / 3)
+
+
+def test_teachers_are_told_apart() -> None:
+    """One that failed altogether has no latency, and says so by its coverage."""
+    calls = (_call(0, 1, 10, 0.1, teacher="math"), _call(0, 3, 30, 0.5, teacher="math"))
+    assert metrics_per_teacher(_batch(*calls, failed=("math", "code", "code"))) == {
+        "gkd/teacher/code/scored_tokens": 0,
+        "gkd/teacher/code/coverage": 0,
+        "gkd/teacher/math/scored_tokens": 40,
+        "gkd/teacher/math/coverage": pytest.approx(2 / 3),
+        "gkd/teacher/math/latency_mean_s": 2,
+        "gkd/teacher/math/latency_max_s": 3,
+        "gkd/teacher/math/tail_mass": pytest.approx(0.4),
+    }
+
+
+def test_the_busiest_moment_is_told() -> None:
+    """The most calls under way when one was answered."""
+    assert teacher_metrics(_call(0, 1, 1, 0, inflight=3), _call(0, 1, 1, 0, inflight=7))["gkd/teacher_inflight"] == 7
 
 
 def test_tokens_add_up_and_weigh_the_tail() -> None:

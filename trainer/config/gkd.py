@@ -16,6 +16,13 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
 SelectStrategy = Literal["all", "random", "best", "worst"]
+OnFailure = Literal["wait", "degrade", "fail"]
+Endpoints = tuple[str, ...] | str
+"""`host:port` of every replica; or one DNS name and port that resolve to all of them."""
+ONLY_TEACHER = "teacher"
+"""Name of the teacher of a run without `teacher.routes`."""
+ANY_VALUE = "*"
+"""Key of `teacher.routes` that takes all values without a route of their own."""
 REWARD_STRATEGIES: frozenset[SelectStrategy] = frozenset({"best", "worst"})
 """Those that rank a prompt's responses by reward."""
 
@@ -82,23 +89,60 @@ class TeacherConfig(BaseModel):
     """Teacher replicas or workers that share the load."""
     temperature: PositiveFloat = Field(default=1.0, allow_inf_nan=False)
     """Temperature of the teacher's side, applied by the teacher before its softmax."""
-    endpoints: tuple[str, ...] | None = None
-    """`host:port` of every replica; null: `server_ip:server_port`."""
+    endpoints: Endpoints | None = None
+    """`host:port` of every replica, or one DNS name with a port that resolves to all of them, looked up again as they
+    come and go; null: `server_ip:server_port`."""
+    routes: dict[str, Endpoints] | None = None
+    """Several teachers: a value of the column `route_key` -> the endpoints of its teacher; `*` takes the rest."""
+    route_key: str = "data_source"
+    """The data's column that chooses the teacher."""
     num_logprobs: PositiveInt = 64
     """K, the top-k entries per position that the teacher sends. Capped at the teacher's vocabulary."""
     timeout_s: PositiveFloat = Field(default=60.0, allow_inf_nan=False)
     """Seconds that one attempt may take."""
     max_wait_s: PositiveFloat = Field(default=600.0, allow_inf_nan=False)
     """Seconds that one sequence may take, retries included."""
+    on_failure: OnFailure = "wait"
+    """What becomes of a response that the teacher can't score: `wait` tries for max_wait_s, then saves a checkpoint and
+    ends the run; `fail` does so after timeout_s; `degrade` goes on without its distillation term (GKD + GRPO only)."""
+    min_coverage: float = Field(default=0.5, gt=0, le=1)
+    """Under `degrade`, the share of the selected responses that must be scored in each step; below it the run ends."""
+    hedge_percentile: float | None = Field(default=None, gt=0.5, lt=1)
+    """Ask a second replica once a request has taken longer than this share of the recent ones; null: never."""
     connect_timeout_s: PositiveFloat = Field(default=10.0, allow_inf_nan=False)
     """Seconds to wait at start for a teacher that is not there or not ready yet."""
     max_inflight_per_worker: PositiveInt = 64
     """Sequences in flight per teacher worker: n_server_workers times this is the client's bound."""
 
     @property
-    def addresses(self) -> tuple[str, ...]:
-        """`host:port` of every teacher to call."""
-        return self.endpoints or (f"{self.server_ip}:{self.server_port}",)
+    def teachers(self) -> Mapping[str, Endpoints]:
+        """The endpoints of each teacher, by the value of `route_key` that it serves."""
+        if self.routes is not None:
+            return self.routes
+        return {ONLY_TEACHER: self.endpoints or (f"{self.server_ip}:{self.server_port}",)}
+
+    def teacher_for(self, value: object) -> str:
+        """The name of the teacher for a row whose `route_key` holds `value`.
+
+        Raises:
+            ConfigError: there is no route for it.
+        """
+        if self.routes is None:
+            return ONLY_TEACHER
+        name = str(value)
+        if name in self.routes:
+            return name
+        if ANY_VALUE in self.routes:
+            return ANY_VALUE
+        raise ConfigError(
+            f"a row has {self.route_key}={name!r}, and actor_rollout_ref.teacher.routes knows only "
+            f"{', '.join(self.routes)}; add a route for it, or one for {ANY_VALUE!r}, which takes the rest"
+        )
+
+    @property
+    def give_up_s(self) -> float:
+        """Seconds after which a response counts as not scored."""
+        return self.timeout_s if self.on_failure == "fail" else self.max_wait_s
 
     @property
     def max_inflight(self) -> int:
@@ -160,6 +204,11 @@ class GKDConfig(BaseModel):
     def selects(self) -> bool:
         """Whether some responses may go unscored."""
         return self.mode is not Mode.GRPO and self.actor.gkd_select_strategy != "all"
+
+    @property
+    def scores_partly(self) -> bool:
+        """Whether a batch may hold responses without teacher scores."""
+        return self.selects or (self.mode is not Mode.GRPO and self.teacher.on_failure == "degrade")
 
     @property
     def teaches_by_advantages(self) -> bool:

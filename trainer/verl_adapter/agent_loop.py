@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import transfer_queue as tq
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
@@ -19,21 +20,21 @@ from trainer.config import REWARD_STRATEGIES, GKDConfig, Mode
 from trainer.errors import TeacherError
 from trainer.metrics import TeacherCall
 from trainer.selection import select_by_reward, select_random
-from trainer.teacher import RetryPolicy, ScoringPlan, TeacherClient
 from trainer.types import TeacherScores
 from trainer.verl_adapter import ground_truth as _ground_truth  # noqa: F401  # its decorator registers the loop
 from trainer.verl_adapter import teacher_fields
 from trainer.verl_adapter.dataset import conversation_text
 from trainer.verl_adapter.prompt_group import PromptGroup
+from trainer.verl_adapter.teachers import Teachers
 
 GENERATED_AT, TEACHER_CALL, TEACHER_ERROR = "gkd_generated_at_s", "gkd_teacher_call", "gkd_teacher_error"
-"""Keys of a response's `extra_fields`: when it was complete; what its teacher call cost, or why it failed. A response
-that was not selected has neither of the last two."""
+"""Keys of a response's `extra_fields`: when it was complete; what its teacher call cost, or why it failed, as
+`{"teacher": NAME, "message": TEXT}`. A response that was not selected has neither of the last two."""
+LOST_TAG = "gkd_teacher_lost"
+"""Tag of a response without which the run can't go on: why the teacher did not score it."""
 
 # verl hands the worker an actor class; the plain class behind it can be subclassed
 _PlainWorker: type[Any] = AgentLoopWorkerTQ.__ray_metadata__.modified_class
-# max_wait_s bounds the call, not a number of attempts: a teacher may take minutes to come back
-_RETRY = RetryPolicy(max_attempts=1_000_000)
 
 
 @dataclass
@@ -56,33 +57,12 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # verl's signature, passed on whole
         super().__init__(*args, **kwargs)
         self._gkd = GKDConfig.model_validate(OmegaConf.to_container(self.config.gkd, resolve=True))
-        data = self.config.data
-        self._max_tokens = int(data.max_prompt_length + data.max_response_length)
-        self._teacher: TeacherClient | None = None
-        self._connecting = asyncio.Lock()
+        self._teachers = Teachers(
+            self._gkd,
+            digests=self.config.gkd_manifest_digests,
+            max_tokens=int(self.config.data.max_prompt_length + self.config.data.max_response_length),
+        )
         self._groups: dict[str, PromptGroup] = {}
-
-    async def _connected_teacher(self) -> TeacherClient:
-        async with self._connecting:
-            if self._teacher is None:
-                settings = self._gkd.teacher
-                teacher = TeacherClient(
-                    endpoints=settings.addresses,
-                    timeout_s=settings.timeout_s,
-                    total_timeout_s=settings.max_wait_s,
-                    connect_timeout_s=settings.connect_timeout_s,
-                    max_inflight=settings.max_inflight,
-                    retry=_RETRY,
-                    plan=ScoringPlan(
-                        num_logprobs=settings.num_logprobs,
-                        temperature=self._gkd.request_temperature,
-                        max_tokens=self._max_tokens,
-                    ),
-                    expected_digest=self.config.gkd_manifest_digest,
-                )
-                await teacher.__aenter__()
-                self._teacher = teacher
-            return self._teacher
 
     async def _run_prompt(
         self, prompt: dict[str, Any], sampling_params: dict[str, Any], trajectory: dict[str, Any], trace: bool = False
@@ -122,6 +102,16 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
         finally:
             if response.scoring is not None:
                 response.scoring.cancel()  # nothing to do but after a failed reward
+        await self._report_loss(response, f"{kwargs['uid']}_{kwargs['session_id']}")
+
+    async def _report_loss(self, response: _Response, key: str) -> None:
+        """Tell the trainer at once that a response it needs has no scores: it need not wait for the rest."""
+        if self._gkd.teacher.on_failure == "degrade":
+            return
+        for number, output in enumerate(response.outputs):
+            if (error := output.extra_fields.get(TEACHER_ERROR)) is not None:
+                # verl's key of this part of the conversation
+                await tq.async_kv_put(key=f"{key}_{number}", partition_id="train", tag={LOST_TAG: error["message"]})
 
     async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
         response = _current.get()
@@ -151,12 +141,13 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
         selected = kwargs["session_id"] in await self._selected(self._groups[kwargs["uid"]], kwargs)
         for output in response.outputs:  # an agent loop may have cut its conversation into several sequences
             output.extra_fields[GENERATED_AT] = response.generated_at_s
-            if selected:
-                await self._score_output(output)
-            else:
+            scores = await self._score_output(output, kwargs) if selected else None
+            if scores is None:
                 ids, logprobs = teacher_fields.unscored(self._gkd.teacher.num_logprobs)
-                output.extra_fields[teacher_fields.TEACHER_IDS] = ids
-                output.extra_fields[teacher_fields.TEACHER_LOGPROBS] = logprobs
+            else:
+                ids, logprobs = teacher_fields.pack(scores)
+            output.extra_fields[teacher_fields.TEACHER_IDS] = ids
+            output.extra_fields[teacher_fields.TEACHER_LOGPROBS] = logprobs
 
     async def _selected(self, group: PromptGroup, kwargs: dict[str, Any]) -> frozenset[int]:
         actor = self._gkd.actor
@@ -174,35 +165,32 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
                 rewards = await group.rewards()
                 return select_by_reward(rewards, k=actor.gkd_select_k, best=actor.gkd_select_strategy == "best")
 
-    async def _score_output(self, output: AgentLoopOutput) -> None:
+    async def _score_output(self, output: AgentLoopOutput, kwargs: dict[str, Any]) -> TeacherScores | None:
+        settings = self._gkd.teacher
+        name = settings.teacher_for(kwargs.get(settings.route_key))
         asked_at_s = time.time()
         try:
-            teacher = await self._connected_teacher()
-            scores = await teacher.score(
+            scores, num_inflight = await self._teachers.score(
+                name,
                 [*output.prompt_ids, *output.response_ids],
                 score_start=len(output.prompt_ids),
-                num_logprobs=self._gkd.teacher.num_logprobs,
-                temperature=self._gkd.request_temperature,
+                affinity=kwargs["uid"],
             )
         except TeacherError as exc:
             # raising here would drop the response from the batch without a word; the trainer decides instead
-            output.extra_fields[TEACHER_ERROR] = str(exc)
-            return
-        ids, logprobs = teacher_fields.pack(scores)
-        output.extra_fields[teacher_fields.TEACHER_IDS] = ids
-        output.extra_fields[teacher_fields.TEACHER_LOGPROBS] = logprobs
-        output.extra_fields[TEACHER_CALL] = _describe(scores, asked_at_s)
-
-
-def _describe(scores: TeacherScores, asked_at_s: float) -> dict[str, float]:
-    call = TeacherCall(
-        asked_at_s=asked_at_s,
-        scored_at_s=time.time(),
-        latency_s=scores.timings.total_s,
-        scored_tokens=scores.num_scored,
-        tail_mass=0.0 if scores.log_tail_mass is None else float(np.exp(scores.log_tail_mass).mean()),
-    )
-    return dataclasses.asdict(call)
+            output.extra_fields[TEACHER_ERROR] = {"teacher": name, "message": str(exc)}
+            return None
+        call = TeacherCall(
+            teacher=name,
+            asked_at_s=asked_at_s,
+            scored_at_s=time.time(),
+            latency_s=scores.timings.total_s,
+            scored_tokens=scores.num_scored,
+            tail_mass=0.0 if scores.log_tail_mass is None else float(np.exp(scores.log_tail_mass).mean()),
+            num_inflight=num_inflight,
+        )
+        output.extra_fields[TEACHER_CALL] = dataclasses.asdict(call)
+        return scores
 
 
 class GKDAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]

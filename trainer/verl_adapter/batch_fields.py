@@ -11,34 +11,33 @@ from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_to_nested
 
-from trainer.errors import GKDError
 from trainer.losses import teacher_advantages
-from trainer.metrics import BatchCalls, TeacherCall
+from trainer.metrics import BatchCalls, TeacherCall, waited_s
 from trainer.verl_adapter.agent_loop import GENERATED_AT, TEACHER_CALL, TEACHER_ERROR
 from trainer.verl_adapter.loss import MINI_BATCH_COUNTS
 from trainer.verl_adapter.teacher_fields import TEACHER_LOGPROBS
 
 
-def collect_calls(batch: KVBatchMeta) -> BatchCalls:
+def collect_calls(batch: KVBatchMeta, *, wanted_at_s: float) -> BatchCalls:
     """What the batch's teacher calls cost.
 
-    Raises:
-        GKDError: a response could not be scored.
+    Args:
+        batch: the responses that a step takes.
+        wanted_at_s: when it began to want them, in seconds since the epoch.
     """
     fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
     # a list, a stack or an array, depending on the queue's backend
-    extras = [getattr(one, "data", one) for one in list(fields["extra_fields"])]
-    errors = [one[TEACHER_ERROR] for one in extras if TEACHER_ERROR in one]
-    if errors:
-        raise GKDError(f"{len(errors)} of {len(extras)} responses could not be scored by the teacher: {errors[0]}")
+    extras = {key: getattr(one, "data", one) for key, one in zip(batch.keys, list(fields["extra_fields"]), strict=True)}
+    calls = {key: TeacherCall(**one[TEACHER_CALL]) for key, one in extras.items() if TEACHER_CALL in one}
     return BatchCalls(
-        calls={
-            key: TeacherCall(**one[TEACHER_CALL])
-            for key, one in zip(batch.keys, extras, strict=True)
-            if TEACHER_CALL in one
-        },
+        calls=calls,
+        failed={key: one[TEACHER_ERROR]["teacher"] for key, one in extras.items() if TEACHER_ERROR in one},
         num_responses=len(extras),
-        generated_at_s=max(one[GENERATED_AT] for one in extras),
+        waited_s=waited_s(
+            calls.values(),
+            generated_at_s=max(one[GENERATED_AT] for one in extras.values()),
+            wanted_at_s=wanted_at_s,
+        ),
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -19,6 +21,7 @@ from verl.utils.device import auto_set_device
 from trainer.config import Mode
 from trainer.config.gkd import ActorConfig
 from trainer.verl_adapter.preflight import CheckedRun
+from trainer.verl_adapter.stop_flag import FLAG_KEY, StopOnSigterm
 from trainer.verl_adapter.task_runner import GKDTaskRunner
 
 AGENT_LOOP_MANAGER = "trainer.verl_adapter.agent_loop.GKDAgentLoopManager"
@@ -44,10 +47,27 @@ def launch(config: DictConfig, run: CheckedRun, user_keys: Set[str]) -> None:
     with own_ray_folder(config, user_keys):
         auto_set_device(config)
         validate_config(config, need_reference_policy(config), need_critic(config))
-        try:
-            run_ppo(config, task_runner_class=GKDTaskRunner)
-        finally:
-            ray.shutdown()
+        flag = f"gkd-stop-{uuid.uuid4().hex}"
+        OmegaConf.update(config, FLAG_KEY, flag, force_add=True)
+        with ExitStack() as running:
+            running.callback(ray.shutdown)
+            run_ppo(config, task_runner_class=_StoppableRunner(GKDTaskRunner, flag, running))
+
+
+@dataclass(frozen=True)
+class _StoppableRunner:
+    """Stands in for an actor class: verl makes its actor when Ray is there, which is when SIGTERM can be taken."""
+
+    actor_class: Any
+    flag: str
+    running: ExitStack
+
+    def options(self, **options: Any) -> _StoppableRunner:
+        return replace(self, actor_class=self.actor_class.options(**options))
+
+    def remote(self) -> Any:
+        self.running.enter_context(StopOnSigterm(self.flag))
+        return self.actor_class.remote()
 
 
 def hand_over(config: DictConfig, run: CheckedRun) -> None:
@@ -65,9 +85,10 @@ def hand_over(config: DictConfig, run: CheckedRun) -> None:
         if gkd.mode is Mode.GRPO:
             return
         config.gkd = gkd.model_dump(mode="json")
-        config.gkd_manifest_digest = run.manifest_digest
+        config.gkd_manifest_digests = dict(run.manifest_digests)
         config.gkd_student_vocab_rows = run.student_vocab_rows
-        config.actor_rollout_ref.rollout.agent.agent_loop_manager_class = AGENT_LOOP_MANAGER
+        agent = config.actor_rollout_ref.rollout.agent
+        agent.agent_loop_manager_class = agent.get("agent_loop_manager_class") or AGENT_LOOP_MANAGER
         config.actor_rollout_ref.rollout.calculate_log_probs = True
         if gkd.mode is Mode.GKD:
             config.critic.enable = False

@@ -34,8 +34,8 @@ class CheckedRun:
     """Its GKD keys, with K capped at the teacher's vocabulary."""
     student_vocab_rows: int
     """Rows of the student's LM head."""
-    manifest_digest: str | None
-    """Digest of the teacher that fits; None: the run has no teacher."""
+    manifest_digests: Mapping[str, str]
+    """Digest of each teacher's manifest, by its name; empty: the run has no teacher."""
 
 
 def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> CheckedRun:
@@ -72,15 +72,16 @@ def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> Checke
     model = config.actor_rollout_ref.model
     student = read_student(model.path, trust_remote_code=bool(model.get("trust_remote_code", False)))
     if gkd.mode is Mode.GRPO:
-        return CheckedRun(gkd=gkd, student_vocab_rows=student.vocab_rows, manifest_digest=None)
-    if config.trainer.v1.trainer_mode != "sync":
-        raise ConfigError(
-            f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} is not offered with a teacher yet; use sync"
-        )
+        return CheckedRun(gkd=gkd, student_vocab_rows=student.vocab_rows, manifest_digests={})
+    check_routes(gkd, as_files(config.data.train_files), key="data.train_files")
     max_tokens = int(config.data.max_prompt_length + config.data.max_response_length)
-    gkd, manifest = fit_to_teacher(gkd, student, max_tokens=max_tokens)
-    print(OmegaConf.to_yaml({"gkd": dict(describe(gkd, manifest))}), flush=True)  # noqa: T201  # for the user
-    return CheckedRun(gkd=gkd, student_vocab_rows=student.vocab_rows, manifest_digest=manifest.digest)
+    gkd, manifests = fit_to_teachers(gkd, student, max_tokens=max_tokens)
+    print(OmegaConf.to_yaml({"gkd": dict(describe(gkd, manifests))}), flush=True)  # noqa: T201  # for the user
+    return CheckedRun(
+        gkd=gkd,
+        student_vocab_rows=student.vocab_rows,
+        manifest_digests={name: manifest.digest for name, manifest in manifests.items()},
+    )
 
 
 def _choose_validation(config: DictConfig, user_keys: Set[str]) -> None:
@@ -175,42 +176,82 @@ def read_student(model_path: str, *, trust_remote_code: bool) -> StudentInfo:
     )
 
 
-def fit_to_teacher(gkd: GKDConfig, student: StudentInfo, *, max_tokens: int) -> tuple[GKDConfig, Manifest]:
-    """Connect to the teacher, compare it with the student, and cap K at the teacher's vocabulary.
+def check_routes(gkd: GKDConfig, files: Sequence[str], *, key: str) -> None:
+    """Check that every row of every parquet file has a teacher.
 
     Args:
         gkd: the run's GKD keys.
-        student: what the teacher must fit.
+        files: as `check_data_files` let them pass.
+        key: the configuration key that names them, for the error.
+
+    Raises:
+        DatasetError: a file has no column `teacher.route_key`.
+        ConfigError: a value in it has no route.
+    """
+    teacher = gkd.teacher
+    if teacher.routes is None:
+        return
+    for name in files:
+        path = Path(name).expanduser()
+        if path.suffix != ".parquet":
+            continue  # its rows are checked as they come
+        columns = pq.read_schema(path).names
+        if teacher.route_key not in columns:
+            raise DatasetError(
+                f"{key}: {path} has the columns {', '.join(columns)}; actor_rollout_ref.teacher.routes chooses the "
+                f"teacher by {teacher.route_key!r}. Set actor_rollout_ref.teacher.route_key to name yours."
+            )
+        for value in pq.read_table(path, columns=[teacher.route_key]).column(0).unique().to_pylist():
+            teacher.teacher_for(value)
+
+
+def fit_to_teachers(
+    gkd: GKDConfig, student: StudentInfo, *, max_tokens: int
+) -> tuple[GKDConfig, Mapping[str, Manifest]]:
+    """Connect to every teacher, compare it with the student, and cap K at the smallest vocabulary.
+
+    Args:
+        gkd: the run's GKD keys.
+        student: what the teachers must fit.
         max_tokens: longest prompt plus response, in tokens.
 
     Raises:
-        TeacherUnavailableError: no teacher answers.
-        TeacherMismatchError: the teacher does not fit.
+        TeacherUnavailableError: a teacher does not answer.
+        TeacherMismatchError: a teacher does not fit.
     """
-    manifest = asyncio.run(_fetch_manifest(gkd))
+    manifests = asyncio.run(_fetch_manifests(gkd))
+    smallest = min(manifest.vocab_rows for manifest in manifests.values())
     # an advantage needs the sampled token's logprob alone
-    num_logprobs = 1 if gkd.teaches_by_advantages else min(gkd.teacher.num_logprobs, manifest.vocab_rows)
-    check_compatibility(
-        manifest,
-        student,
-        endpoint=", ".join(gkd.teacher.addresses),
-        num_logprobs=num_logprobs,
-        temperature=gkd.request_temperature,
-        max_tokens=max_tokens,
-    )
+    num_logprobs = 1 if gkd.teaches_by_advantages else min(gkd.teacher.num_logprobs, smallest)
+    for name, manifest in manifests.items():
+        check_compatibility(
+            manifest,
+            student,
+            endpoint=_in_words(gkd.teacher.teachers[name]),
+            num_logprobs=num_logprobs,
+            temperature=gkd.request_temperature,
+            max_tokens=max_tokens,
+        )
     teacher = gkd.teacher.model_copy(update={"num_logprobs": num_logprobs})
-    return gkd.model_copy(update={"teacher": teacher}), manifest
+    return gkd.model_copy(update={"teacher": teacher}), manifests
 
 
-async def _fetch_manifest(gkd: GKDConfig) -> Manifest:
+async def _fetch_manifests(gkd: GKDConfig) -> Mapping[str, Manifest]:
     settings = gkd.teacher
-    async with TeacherClient(
-        endpoints=settings.addresses,
-        timeout_s=settings.timeout_s,
-        connect_timeout_s=settings.connect_timeout_s,
-        wait_ready_s=settings.max_wait_s,
-    ) as teacher:
-        return teacher.manifest
+    manifests = {}
+    for name, endpoints in settings.teachers.items():
+        async with TeacherClient(
+            endpoints=endpoints,
+            timeout_s=settings.timeout_s,
+            connect_timeout_s=settings.connect_timeout_s,
+            wait_ready_s=settings.max_wait_s,
+        ) as teacher:
+            manifests[name] = teacher.manifest
+    return manifests
+
+
+def _in_words(endpoints: str | Sequence[str]) -> str:
+    return endpoints if isinstance(endpoints, str) else ", ".join(endpoints)
 
 
 def as_files(value: str | Sequence[str]) -> list[str]:
@@ -218,15 +259,18 @@ def as_files(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def describe(gkd: GKDConfig, manifest: Manifest) -> Mapping[str, Any]:
-    """The resolved GKD section and the teacher, as printed once at the start."""
+def describe(gkd: GKDConfig, manifests: Mapping[str, Manifest]) -> Mapping[str, Any]:
+    """The resolved GKD section and its teachers, as printed once at the start."""
     return {
         "mode": gkd.mode.value,
         **gkd.model_dump(mode="json"),
-        "manifest": {
-            "model_name": manifest.model_name,
-            "engine": f"{manifest.engine} {manifest.engine_version}",
-            "vocab_rows": manifest.vocab_rows,
-            "digest": manifest.digest,
+        "manifests": {
+            name: {
+                "model_name": manifest.model_name,
+                "engine": f"{manifest.engine} {manifest.engine_version}",
+                "vocab_rows": manifest.vocab_rows,
+                "digest": manifest.digest,
+            }
+            for name, manifest in manifests.items()
         },
     }

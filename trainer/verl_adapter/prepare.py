@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config import GKDConfig, check_conflicts
 from trainer.errors import ConfigError
 from trainer.verl_adapter.cpu.environment import apply_config_defaults, set_environment
-from trainer.verl_adapter.defaults import choose_micro_batches
+from trainer.verl_adapter.defaults import choose_for_async, choose_micro_batches
 from trainer.verl_adapter.preflight import CheckedRun, preflight
 
 
@@ -27,6 +27,7 @@ def prepare(config: DictConfig, user_keys: Set[str]) -> CheckedRun:
         set_environment()
         apply_config_defaults(config, user_keys)
     choose_micro_batches(config, user_keys)
+    choose_for_async(config, user_keys)
     resolved = _resolved(config)
     gkd = GKDConfig.read(resolved)
     check_conflicts(gkd, resolved)

@@ -7,16 +7,16 @@ from typing import Any
 from omegaconf import DictConfig
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-_plain = dict(TRAINER_REGISTRY)
+MODES = ("sync", "colocate_async", "separate_async")
 
 
 def _trainer(mode: str) -> Any:
     def make(config: DictConfig) -> Any:
-        from trainer.verl_adapter.trainers import TRAINERS
+        from trainer.verl_adapter.trainers import trainers_for
 
-        return (TRAINERS if "gkd" in config else _plain)[mode](config=config)
+        return trainers_for(config)[mode](config=config)
 
     return make
 
 
-TRAINER_REGISTRY["sync"] = _trainer("sync")
+TRAINER_REGISTRY.update({mode: _trainer(mode) for mode in MODES})

@@ -20,10 +20,9 @@ class _GKDTaskRunner(_PlainTaskRunner):  # type: ignore[misc]  # verl carries no
 
     def run(self, config: DictConfig) -> None:
         """Train, with distillation where the configuration has a `gkd` section."""
-        if "gkd" in config:
-            from trainer.verl_adapter.trainers import TRAINERS  # in the runner's process, not in the driver's
+        from trainer.verl_adapter.trainers import trainers_for  # in the runner's process, not in the driver's
 
-            TRAINER_REGISTRY.update(TRAINERS)
+        TRAINER_REGISTRY.update(trainers_for(config))
         try:
             super().run(config)
         finally:
@@ -32,10 +31,14 @@ class _GKDTaskRunner(_PlainTaskRunner):  # type: ignore[misc]  # verl carries no
 
 def _end_rollout_engines(trainer: Any) -> None:
     """Let vLLM free its shared memory: Ray would kill its processes, and hundreds of megabytes would stay behind."""
-    manager = getattr(trainer, "llm_server_manager", None)
-    if manager is None:
-        return  # the run failed before there were any
-    servers = [server for replica in manager.get_replicas() for server in replica.servers]
+    managers = [getattr(trainer, name, None) for name in ("llm_server_manager", "standalone_server_manager")]
+    servers = [
+        server
+        for manager in managers
+        if manager is not None  # the run failed before it was there, or its mode has none
+        for replica in manager.get_replicas()
+        for server in replica.servers
+    ]
     ends = [server.__ray_call__.remote(lambda self: self.engine.shutdown()) for server in servers]
     try:
         ray.get(ends, timeout=ENGINE_SHUTDOWN_TIMEOUT_S)

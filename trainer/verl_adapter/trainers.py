@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1 import PPOTrainerSync
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 
 from trainer import metrics as names
 from trainer.config import GKDConfig, Mode
-from trainer.errors import GKDError
-from trainer.metrics import BatchCalls, loss_metrics, teacher_metrics
+from trainer.errors import GKDError, TeacherLostError
+from trainer.metrics import BatchCalls, loss_metrics, merge, metrics_per_teacher, teacher_metrics
+from trainer.verl_adapter.agent_loop import LOST_TAG
 from trainer.verl_adapter.batch_fields import (
     add_teacher_advantages,
     collect_calls,
@@ -23,6 +26,7 @@ from trainer.verl_adapter.batch_fields import (
 )
 from trainer.verl_adapter.loss import GKDLoss
 from trainer.verl_adapter.off_policy import MixedData
+from trainer.verl_adapter.stopping import StoppableMixin
 
 REPLAY_POLL_S = 0.2
 """How often verl looks for finished responses; its own 2 s can be most of a step, and each look costs."""
@@ -35,7 +39,12 @@ class GKDTrainerMixin:
     actor_rollout_wg: Any
     replay_buffer: Any
     global_steps: int
-    _calls: BatchCalls | None = None
+    trainer_mode: str
+    _calls: list[BatchCalls]
+    """Of each batch that the step under way has taken."""
+    _wanted_at_s: float
+    _num_prompts: int
+    """Of the batch that is being taken."""
     _mixed: MixedData | None = None
 
     @cached_property
@@ -48,14 +57,15 @@ class GKDTrainerMixin:
         return self._mixed is None or self._mixed.is_on_policy(self.global_steps)
 
     @property
-    def _num_prompts(self) -> int:
-        if self._mixed is None:
-            return int(self.config.data.train_batch_size)
-        return self._mixed.batch_size(self.global_steps)
-
-    @property
     def _responses_per_prompt(self) -> int:
         return int(self.config.actor_rollout_ref.rollout.n) if self._on_policy else 1
+
+    @property
+    def _weighs_by_age(self) -> bool:
+        """Whether verl weighs a policy gradient by how far the student has moved since it sampled."""
+        correction = self.config.algorithm.get("rollout_correction") or {}
+        wanted = correction.get("rollout_is") is not None or correction.get("rollout_rs") is not None
+        return self._gkd.teaches_by_advantages and wanted
 
     @property
     def _num_ranks(self) -> int:
@@ -114,7 +124,8 @@ class GKDTrainerMixin:
 
     def _step_once(self, metrics: dict[str, Any], timing_raw: dict[str, float], sample_batch_size: int) -> KVBatchMeta:
         if self._mixed is not None:
-            sample_batch_size = self._num_prompts
+            sample_batch_size = self._mixed.batch_size(self.global_steps)
+        self._num_prompts = sample_batch_size
         return super()._step_once(metrics, timing_raw, sample_batch_size)  # type: ignore[misc]
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
@@ -130,8 +141,37 @@ class GKDTrainerMixin:
         keep_minibatch: bool = False,
     ) -> KVBatchMeta:
         self._check_complete(batch)
-        self._calls = collect_calls(batch)
+        self._calls.append(collect_calls(batch, wanted_at_s=self._wanted_at_s))
         return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)  # type: ignore[misc]
+
+    def on_step_begin(self) -> None:
+        """Called by verl before it asks for the step's responses."""
+        self._calls = []
+        super().on_step_begin()  # type: ignore[misc]
+
+    def on_sample_begin(self) -> None:
+        """Called by verl before it waits for the responses of an update."""
+        self._wanted_at_s = time.time()
+        super().on_sample_begin()  # type: ignore[misc]
+
+    def _check_responses(self, responses: Mapping[str, Mapping[str, Any]], *, taken: bool) -> None:
+        lost = [tag[LOST_TAG] for tag in responses.values() if LOST_TAG in tag]
+        teacher = self._gkd.teacher
+        if not lost or (teacher.on_failure == "degrade" and not taken):
+            return
+        share = min(1.0, self._gkd.actor.gkd_select_k / self._responses_per_prompt) if self._gkd.selects else 1.0
+        asked = max(len(lost), round(share * len(responses)))
+        if teacher.on_failure != "degrade":
+            raise TeacherLostError(
+                f"{len(lost)} of {len(responses)} responses could not be scored by the teacher "
+                f"(actor_rollout_ref.teacher.on_failure={teacher.on_failure}): {lost[0]}"
+            )
+        coverage = 1 - len(lost) / asked
+        if coverage < teacher.min_coverage:
+            raise TeacherLostError(
+                f"the teacher scored {coverage:.0%} of the step's selected responses, less than "
+                f"actor_rollout_ref.teacher.min_coverage={teacher.min_coverage:g}: {lost[0]}"
+            )
 
     def _check_complete(self, batch: KVBatchMeta) -> None:
         # verl trains on without the responses whose generation failed
@@ -151,7 +191,7 @@ class GKDTrainerMixin:
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         if self._gkd.mode is Mode.GKD:
             batch = write_unused_advantages(batch)
-        else:
+        if self._gkd.mode is not Mode.GKD or self._weighs_by_age:
             batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
         if self._gkd.teaches_by_advantages:
             coefficient = self._gkd.actor.teacher_kl_coef
@@ -171,7 +211,7 @@ class GKDTrainerMixin:
             distillation_use_topk=True,
             distillation_only=self._gkd.mode is Mode.GKD,  # no need for the policy's own logprobs
         )
-        if self._gkd.selects:
+        if self._gkd.scores_partly:
             # the workers fetch the fields that the batch names
             batch.fields = write_mini_batch_counts(batch, mini_batch_size=size, num_ranks=self._num_ranks).fields
         output = self._plain_update_actor(batch)
@@ -191,7 +231,7 @@ class GKDTrainerMixin:
     ) -> None:
         """Write beside each dumped training response how many of its tokens the teacher scored."""
         keys = reward_extra_infos_dict.get("uid", [])
-        calls = self._calls.calls if self._calls is not None else {}
+        calls = merge(self._calls).calls
         if any(key in calls for key in keys):
             scored = [calls[key].scored_tokens if key in calls else 0 for key in keys]
             reward_extra_infos_dict = {**reward_extra_infos_dict, "gkd_scored_tokens": scored}
@@ -204,8 +244,10 @@ class GKDTrainerMixin:
         if self._gkd.mode is Mode.GKD:
             for name in [one for one in metrics if one.startswith("critic/")]:
                 del metrics[name]  # they describe zeros
-        if self._calls is not None:
-            metrics.update(teacher_metrics(self._calls))
+        calls = merge(self._calls)
+        metrics.update(teacher_metrics(calls))
+        if self._gkd.teacher.routes is not None:
+            metrics.update(metrics_per_teacher(calls))
         metrics[names.SELECT_STRATEGY] = names.STRATEGY_NUMBERS[self._gkd.actor.gkd_select_strategy]
         metrics[names.IS_ON_POLICY] = float(self._on_policy)
         sums = {
@@ -215,9 +257,44 @@ class GKDTrainerMixin:
         metrics.update({name: value for name, value in loss_metrics(sums).items() if name not in metrics})
 
 
-class GKDTrainerSync(GKDTrainerMixin, PPOTrainerSync):  # type: ignore[misc]
+class GKDTrainerSync(GKDTrainerMixin, StoppableMixin, PPOTrainerSync):  # type: ignore[misc]
     """Generation and update take turns."""
 
 
-TRAINERS: dict[str, type[Any]] = {"sync": GKDTrainerSync}
-"""By `trainer.v1.trainer_mode`."""
+class GKDTrainerColocateAsync(GKDTrainerMixin, StoppableMixin, PPOTrainerColocateAsync):  # type: ignore[misc]
+    """They take turns on the same devices, and generation goes on where it was interrupted."""
+
+
+class GKDTrainerSeparateAsync(GKDTrainerMixin, StoppableMixin, PPOTrainerSeparateAsync):  # type: ignore[misc]
+    """Generation and the teacher go on during updates."""
+
+
+class PlainTrainerSync(StoppableMixin, PPOTrainerSync):  # type: ignore[misc]
+    """verl's own, without a teacher."""
+
+
+class PlainTrainerColocateAsync(StoppableMixin, PPOTrainerColocateAsync):  # type: ignore[misc]
+    """Likewise."""
+
+
+class PlainTrainerSeparateAsync(StoppableMixin, PPOTrainerSeparateAsync):  # type: ignore[misc]
+    """Likewise."""
+
+
+GKD_TRAINERS: dict[str, type[Any]] = {
+    "sync": GKDTrainerSync,
+    "colocate_async": GKDTrainerColocateAsync,
+    "separate_async": GKDTrainerSeparateAsync,
+}
+"""By `trainer.v1.trainer_mode`, for runs with a teacher."""
+PLAIN_TRAINERS: dict[str, type[Any]] = {
+    "sync": PlainTrainerSync,
+    "colocate_async": PlainTrainerColocateAsync,
+    "separate_async": PlainTrainerSeparateAsync,
+}
+"""Likewise, for runs without one."""
+
+
+def trainers_for(config: Any) -> dict[str, type[Any]]:
+    """The trainers for a configuration that verl has been handed."""
+    return GKD_TRAINERS if "gkd" in config else PLAIN_TRAINERS

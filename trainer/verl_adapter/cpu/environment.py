@@ -27,10 +27,12 @@ ENVIRONMENT: Mapping[str, str] = {
     # Ray would otherwise hide the (counted, not real) GPU from workers that ask for none
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_memory_monitor_refresh_ms": "0",
+    # verl's separate_async mode without a hybrid engine fails in one of its own messages at INFO
+    "VERL_LOGGING_LEVEL": "WARN",
 }
 """Set in the driver and in every Ray worker, unless the user's environment says otherwise."""
 
-CONFIG_DEFAULTS: Mapping[str, object] = {
+CONFIG_DEFAULTS: dict[str, object] = {
     "actor_rollout_ref.model.use_remove_padding": False,
     "actor_rollout_ref.model.enable_gradient_checkpointing": False,
     "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
@@ -59,7 +61,18 @@ CONFIG_DEFAULTS: Mapping[str, object] = {
     "ray_kwargs.ray_init.include_dashboard": False,
     "ray_kwargs.ray_init.object_store_memory": 500_000_000,
 }
-"""Applied where the user's command line is silent. `ray_init.num_gpus` follows `trainer.n_gpus_per_node`."""
+"""Applied where the user's command line is silent. `ray_init.num_gpus` counts the workers of actor and rollout."""
+
+
+SEPARATE_ASYNC_DEFAULTS: dict[str, object] = {
+    # a rollout engine of its own, and none beside the actor
+    "actor_rollout_ref.hybrid_engine": False,
+    "actor_rollout_ref.rollout.nnodes": 1,
+    "actor_rollout_ref.rollout.n_gpus_per_node": 1,
+    "actor_rollout_ref.rollout.checkpoint_engine.backend": "gkd_file",
+    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module": "trainer.verl_adapter.cpu.checkpoint_engine",
+}
+"""Likewise, with `trainer.v1.trainer_mode=separate_async`."""
 
 
 def set_environment() -> None:
@@ -75,11 +88,14 @@ def apply_config_defaults(config: DictConfig, user_keys: Set[str]) -> None:
         config: the composed configuration, before verl sees it.
         user_keys: dotted keys that the command line names.
     """
-    for key, value in CONFIG_DEFAULTS.items():
+    is_separate = config.trainer.v1.trainer_mode == "separate_async"
+    for key, value in (CONFIG_DEFAULTS | (SEPARATE_ASYNC_DEFAULTS if is_separate else {})).items():
         if key not in user_keys:
             OmegaConf.update(config, key, value, force_add=True)
     if "ray_kwargs.ray_init.num_gpus" not in user_keys:
-        OmegaConf.update(config, "ray_kwargs.ray_init.num_gpus", config.trainer.n_gpus_per_node, force_add=True)
+        rollout = config.actor_rollout_ref.rollout
+        own = rollout.nnodes * rollout.n_gpus_per_node if is_separate else 0
+        OmegaConf.update(config, "ray_kwargs.ray_init.num_gpus", config.trainer.n_gpus_per_node + own, force_add=True)
     for name, value in ENVIRONMENT.items():
         key = f"ray_kwargs.ray_init.runtime_env.env_vars.{name}"
         OmegaConf.update(config, key, os.environ.get(name, value), force_add=True)
