@@ -28,6 +28,10 @@ class TeacherTimings:
     """Waiting for admission, as the service says."""
     engine_s: float
     """In the engine, as the service says."""
+    waited_s: float = 0.0
+    """Waiting in the client for a free slot, or for a replica that could be asked."""
+    num_attempts: int = 1
+    """Attempts made, a second one beside a slow first included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -12,10 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
 
 from protos.arrays import ScoreArrays
 from protos.codec import WireDtype
@@ -27,6 +26,7 @@ from teacher_service.errors import TeacherServiceError, all_error_classes
 from teacher_service.server import TeacherServer
 from teacher_service.telemetry import Telemetry, build_logger
 from teacher_service.types import ScoreJob
+from tests.support.waiting import until
 from trainer.errors import (
     TeacherDeadlineError,
     TeacherError,
@@ -35,7 +35,8 @@ from trainer.errors import (
     TeacherRefusedError,
     TeacherUnavailableError,
 )
-from trainer.teacher import RetryPolicy, StudentInfo, TeacherClient
+from trainer.teacher import ReplicaState, RetryPolicy, StudentInfo, TeacherClient
+from trainer.teacher.canary import canary_token_ids
 from trainer.teacher.channel import Endpoint
 from trainer.teacher.retry import error_class, is_retryable
 
@@ -106,13 +107,6 @@ async def serving(
 async def service() -> AsyncIterator[Service]:
     async with serving() as one:
         yield one
-
-
-async def not_serving(endpoint: str) -> None:
-    async with grpc.aio.insecure_channel(endpoint) as channel:
-        async for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
-            if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
-                return
 
 
 def expected(score_start: int, num_tokens: int = len(TOKENS), temperature: float = 1.0) -> np.ndarray:
@@ -191,51 +185,64 @@ async def test_the_manifest_is_the_services(service: Service) -> None:
 
 
 async def test_an_overloaded_teacher_is_asked_again() -> None:
-    """A call that the full queue refused waits as long as the service named, and is answered then."""
+    """A call that the full queue refused is answered once there is room, and nobody was ejected for it."""
     async with serving(max_inflight_requests=1, max_queued_requests=0) as service:
-        delays: list[float] = []
-        first: asyncio.Future[object]
-
-        async def make_room(delay_s: float) -> None:
-            delays.append(delay_s)
-            service.engine.scoring_gate.set()
-            await asyncio.wait([first])
-
-        service.engine.scoring_gate.clear()
-        async with TeacherClient(endpoints=[service.endpoint], retry=QUICK, sleep=make_room) as teacher:
+        async with TeacherClient(endpoints=[service.endpoint], retry=QUICK) as teacher:
+            service.engine.arrived.clear()
+            service.engine.scoring_gate.clear()
             first = asyncio.ensure_future(teacher.score(TOKENS, score_start=2, num_logprobs=1))
             await service.engine.arrived.wait()
-            second = await teacher.score(TOKENS, score_start=2, num_logprobs=1)
-        assert second.num_scored == len(TOKENS) - 2
-        assert len(delays) == 1
-        assert delays[0] >= 0.05, "the service names at least 50 ms"
+            with capture_logs() as logs:
+                second = asyncio.ensure_future(teacher.score(TOKENS, score_start=3, num_logprobs=1))
+                await until(lambda: "OVERLOADED" in {log.get("reason") for log in logs})
+            service.engine.scoring_gate.set()
+            assert (await first).timings.num_attempts == 1
+            scores = await second
+            assert teacher.replicas[0].state is ReplicaState.SERVING
+        assert scores.timings.num_attempts >= 2
+        assert scores.timings.total_s >= 0.05, "the service names at least 50 ms"
 
 
 async def test_a_draining_teacher_hands_over_to_the_other() -> None:
-    """Work in flight is finished by the draining replica; new work goes to the other."""
+    """Work under way on the draining replica is made on the other at once, and new work goes there."""
     async with serving() as first, serving() as second:
         async with TeacherClient(endpoints=[first.endpoint, second.endpoint], retry=QUICK) as teacher:
+            first.engine.arrived.clear()
             first.engine.scoring_gate.clear()
             inflight = asyncio.ensure_future(teacher.score(TOKENS, score_start=2, num_logprobs=1))
             await first.engine.arrived.wait()
             first.stop.set()
-            await not_serving(first.endpoint)
-            others = await asyncio.gather(*(teacher.score(TOKENS, score_start=2, num_logprobs=1) for _ in range(8)))
+            others = await asyncio.gather(*(teacher.score(TOKENS, score_start=3 + i, num_logprobs=1) for i in range(8)))
+            scores = await inflight
             first.engine.scoring_gate.set()
-            assert (await inflight).endpoint == first.endpoint
-        assert {scores.endpoint for scores in others} == {second.endpoint}
+        assert {one.endpoint for one in (*others, scores)} == {second.endpoint}
+
+
+async def test_a_draining_teacher_ends_its_work_where_there_is_no_other(service: Service) -> None:
+    """Nothing could be made elsewhere: what is under way is answered, and what comes later waits."""
+    async with TeacherClient(endpoints=[service.endpoint], retry=QUICK) as teacher:
+        service.engine.arrived.clear()
+        service.engine.scoring_gate.clear()
+        inflight = asyncio.ensure_future(teacher.score(TOKENS, score_start=2, num_logprobs=1))
+        await service.engine.arrived.wait()
+        service.stop.set()
+        await until(lambda: not teacher.is_serving)
+        service.engine.scoring_gate.set()
+        scores = await inflight
+        assert (scores.endpoint, scores.timings.num_attempts) == (service.endpoint, 1)
 
 
 async def test_a_loading_teacher_is_waited_for() -> None:
     """A client that starts before the model is loaded enters once it is."""
     async with serving(loading=True) as service:
-
-        async def load(_delay_s: float) -> None:
-            service.engine.loading_gate.set()
-            await service.server.ready.wait()
-
-        async with TeacherClient(endpoints=[service.endpoint], sleep=load) as teacher:
-            assert teacher.manifest.engine == "fake"
+        with capture_logs() as logs:
+            teacher = TeacherClient(endpoints=[service.endpoint])
+            entering = asyncio.ensure_future(teacher.__aenter__())
+            await until(lambda: "teacher is still loading" in {log["event"] for log in logs})
+        service.engine.loading_gate.set()
+        await entering
+        assert teacher.manifest.engine == "fake"
+        await teacher.close()
 
 
 async def test_a_teacher_that_stays_loading_is_named() -> None:
@@ -248,8 +255,8 @@ async def test_a_teacher_that_stays_loading_is_named() -> None:
 
 async def test_a_deadline_drops_the_work_in_the_engine(service: Service) -> None:
     """The service learns the client's deadline and takes the sequence out of the engine."""
-    service.engine.scoring_gate.clear()
     async with TeacherClient(endpoints=[service.endpoint], total_timeout_s=1.0) as teacher:
+        service.engine.scoring_gate.clear()
         with pytest.raises(TeacherDeadlineError):
             await teacher.score(TOKENS, score_start=2, num_logprobs=1)
     async with asyncio.timeout(10):
@@ -257,27 +264,46 @@ async def test_a_deadline_drops_the_work_in_the_engine(service: Service) -> None
     assert service.engine.running == set()
 
 
-@pytest.mark.parametrize(("fault", "token_id"), [("failing_token_id", 30), ("nan_token_id", 31)])
-async def test_an_engine_that_fails_on_one_sequence_fails_it_alone(fault: str, token_id: int) -> None:
+@pytest.fixture
+async def spare_token_id() -> int:
+    """A token that the canary of these services does not hold."""
+    async with serving() as service, TeacherClient(endpoints=[service.endpoint]) as teacher:
+        return min(set(range(V)) - set(canary_token_ids(teacher.manifest)))
+
+
+@pytest.mark.parametrize("fault", ["failing_token_id", "nan_token_id"])
+async def test_an_engine_that_fails_on_one_sequence_fails_it_alone(fault: str, spare_token_id: int) -> None:
     """The error is the service's, no NaN arrives, and the next sequence is answered."""
-    engine = WatchedEngine(**{fault: token_id})
-    async with serving(engine) as service, TeacherClient(endpoints=[service.endpoint]) as teacher:
-        with pytest.raises(TeacherFailedError) as caught:
-            await teacher.score([1, token_id, 2], score_start=1, num_logprobs=1)
+    engine = WatchedEngine(**{fault: spare_token_id})
+    async with serving(engine) as service, TeacherClient(endpoints=[service.endpoint], retry=QUICK) as teacher:
+        others = [i for i in range(V) if i != spare_token_id]
+        with pytest.raises(TeacherFailedError, match="after 3 attempts") as caught:
+            await teacher.score([others[0], spare_token_id, others[1]], score_start=1, num_logprobs=1)
         assert caught.value.reason == "ENGINE_ERROR"
-        await teacher.score(TOKENS, score_start=2, num_logprobs=1)
+        await teacher.score(others[:5], score_start=2, num_logprobs=1)
+        assert teacher.is_serving
 
 
-async def test_a_dead_engine_is_retried_elsewhere() -> None:
+async def test_an_engine_that_fails_on_the_canary_is_not_entered() -> None:
+    """A teacher of which no answer can be checked is no teacher."""
+    async with serving() as service, TeacherClient(endpoints=[service.endpoint]) as teacher:
+        token_id = canary_token_ids(teacher.manifest)[0]
+    async with serving(WatchedEngine(nan_token_id=token_id)) as service:
+        with pytest.raises(TeacherFailedError, match="NaN"):
+            await TeacherClient(endpoints=[service.endpoint]).__aenter__()
+
+
+async def test_a_dead_engine_is_retried_elsewhere(spare_token_id: int) -> None:
     """The sequence that met a dying engine is answered by the other replica."""
     async with (
-        serving(WatchedEngine(deadly_token_id=31)) as first,
+        serving(WatchedEngine(deadly_token_id=spare_token_id)) as first,
         serving() as second,
         TeacherClient(endpoints=[first.endpoint, second.endpoint], retry=QUICK) as teacher,
     ):
-        scores = await teacher.score([1, 31, 2], score_start=1, num_logprobs=1)
-        assert first.engine.arrived.is_set()
+        scores = await teacher.score([1, spare_token_id, 2], score_start=1, num_logprobs=1)
+        assert scores.timings.num_attempts == 2
         assert scores.endpoint == second.endpoint
+        await until(lambda: teacher.replicas[0].state is ReplicaState.CONNECTING)
 
 
 async def test_a_student_with_another_token_map_is_refused() -> None:

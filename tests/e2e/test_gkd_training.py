@@ -45,7 +45,8 @@ def test_distillation_on_the_real_stack(workspace: Workspace) -> None:
     with urllib.request.urlopen(f"http://{http}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     served = sum(float(line.split()[-1]) for line in lines if line.startswith("teacher_tokens_scored_total"))
-    assert served == sum(step["gkd/scored_tokens"] for step in steps)
+    canaries = served - sum(step["gkd/scored_tokens"] for step in steps)
+    assert 0 < canaries < 100  # a short sequence for each client that came, and nothing else
 
     before = AutoModelForCausalLM.from_pretrained(run.student, dtype=torch.float32)
     after = AutoModelForCausalLM.from_pretrained(

@@ -14,6 +14,7 @@ import numpy as np
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from protos.arrays import ScoreArrays
@@ -21,6 +22,7 @@ from protos.codec import manifest_to_pb, scores_to_pb, wire_dtype_from_pb
 from protos.manifest import Capability, Manifest, TokenizerManifest
 from protos.teacher.v1 import teacher_pb2 as pb
 from protos.teacher.v1.teacher_pb2_grpc import TeacherServiceServicer, add_TeacherServiceServicer_to_server
+from trainer.teacher.canary import canary_token_ids
 
 Context = grpc.aio.ServicerContext
 Step = Callable[[pb.ScoreRequest, Context], Awaitable[pb.ScoreResponse]]
@@ -112,6 +114,23 @@ async def hangs(_request: pb.ScoreRequest, _context: Context) -> pb.ScoreRespons
     raise AssertionError("unreachable")
 
 
+class _Health(health.aio.HealthServicer):
+    """The standard one, silent while its stub is frozen."""
+
+    def __init__(self, stub: TeacherStub) -> None:
+        super().__init__()
+        self._stub = stub
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:  # noqa: N802
+        """See the contract."""
+        self._stub.num_checks += 1
+        if self._stub.num_silent_checks:
+            self._stub.num_silent_checks -= 1
+            await asyncio.Event().wait()
+        await self._stub.thawed.wait()
+        return await super().Check(request, context)
+
+
 @dataclass
 class TeacherStub(TeacherServiceServicer):
     """Plays its scripts, one step per call, and answers uniformly when they are empty."""
@@ -122,7 +141,21 @@ class TeacherStub(TeacherServiceServicer):
     manifest_script: deque[ManifestStep] = field(default_factory=deque)
     """Steps before the next manifests; one may abort."""
     requests: list[pb.ScoreRequest] = field(default_factory=list)
-    """Every Score request, in order of arrival."""
+    """Every Score request but the canaries, in order of arrival."""
+    canary_script: deque[Step] = field(default_factory=deque)
+    """Steps of the next canaries."""
+    num_canaries: int = 0
+    """Canaries that came."""
+    num_manifests: int = 0
+    """Manifests that were asked for."""
+    thawed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Cleared: nothing is answered, not even health, as by a process that was stopped."""
+    has_health: bool = True
+    """Whether there is a health service."""
+    num_checks: int = 0
+    """Health checks that came."""
+    num_silent_checks: int = 0
+    """How many of the next health checks are never answered."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """Cleared: uniform answers wait."""
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -139,20 +172,44 @@ class TeacherStub(TeacherServiceServicer):
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.thawed.set()
+        self.health = _Health(self)
+
+    async def start(self) -> None:
+        """Serve on a free port of this machine, or on the one from before."""
+        self.server = grpc.aio.server()
+        add_TeacherServiceServicer_to_server(self, self.server)
+        if self.has_health:
+            self.health = _Health(self)
+            await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        port = self.server.add_insecure_port(self.endpoint or "127.0.0.1:0")
+        self.endpoint = f"127.0.0.1:{port}"
+        await self.server.start()
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """What its health says."""
+        status = health_pb2.HealthCheckResponse
+        await self.health.set("", status.SERVING if is_serving else status.NOT_SERVING)
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
         """See the contract."""
+        self.num_manifests += 1
+        await self.thawed.wait()
         if self.manifest_script:
             await self.manifest_script.popleft()(context)
         return pb.GetManifestResponse(manifest=manifest_to_pb(self.manifest))
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # noqa: N802
         """See the contract."""
+        if list(request.token_ids) == canary_token_ids(self.manifest):
+            return await self._answer_canary(request, context)
         self.requests.append(request)
         self.num_running += 1
         self.max_running = max(self.max_running, self.num_running)
         self.arrived.set()
         try:
+            await self.thawed.wait()
             if self.script:
                 return await self.script.popleft()(request, context)
             await self.gate.wait()
@@ -163,6 +220,13 @@ class TeacherStub(TeacherServiceServicer):
         finally:
             self.num_running -= 1
 
+    async def _answer_canary(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        self.num_canaries += 1
+        await self.thawed.wait()
+        if self.canary_script:
+            return await self.canary_script.popleft()(request, context)
+        return uniform_answer(request, self.manifest)
+
     async def stop(self) -> None:
         """Close the port and every connection at once."""
         if self.server is not None:
@@ -170,13 +234,10 @@ class TeacherStub(TeacherServiceServicer):
 
 
 @asynccontextmanager
-async def running_stub(manifest: Manifest | None = None) -> AsyncIterator[TeacherStub]:
+async def running_stub(manifest: Manifest | None = None, *, has_health: bool = True) -> AsyncIterator[TeacherStub]:
     """A stub that serves on a free port of this machine."""
-    stub = TeacherStub() if manifest is None else TeacherStub(manifest=manifest)
-    stub.server = grpc.aio.server()
-    add_TeacherServiceServicer_to_server(stub, stub.server)
-    stub.endpoint = f"127.0.0.1:{stub.server.add_insecure_port('127.0.0.1:0')}"
-    await stub.server.start()
+    stub = TeacherStub(manifest=manifest or stub_manifest(), has_health=has_health)
+    await stub.start()
     try:
         yield stub
     finally:

@@ -26,6 +26,7 @@ from tests.support.teacher_stub import (
     stub_manifest,
     uniform_answer,
 )
+from tests.support.waiting import until
 from trainer.errors import (
     ConfigError,
     GKDError,
@@ -39,12 +40,12 @@ from trainer.errors import (
     TeacherRequestError,
     TeacherUnavailableError,
 )
-from trainer.teacher import RetryPolicy, ScoringPlan, StudentInfo, TeacherClient
+from trainer.teacher import ReplicaState, RetryPolicy, ScoringPlan, StudentInfo, TeacherClient
 from trainer.types import TeacherScores
 
 TOKENS = [5, 6, 7, 8, 9]
 CODE = grpc.StatusCode
-NO_JITTER = RetryPolicy(max_attempts=4, initial_delay_s=1.0, max_delay_s=60.0, jitter=0.0)
+QUICK = RetryPolicy(max_attempts=4, initial_delay_s=0.01, max_delay_s=0.05)
 
 
 @pytest.fixture
@@ -54,20 +55,11 @@ async def stub() -> AsyncIterator[TeacherStub]:
 
 
 @pytest.fixture
-def delays() -> list[float]:
-    """Waits that the client asked for."""
-    return []
-
-
-@pytest.fixture
-def client(delays: list[float]) -> Callable[..., TeacherClient]:
-    """Makes clients whose waits take no time and are recorded."""
-
-    async def record(delay_s: float) -> None:
-        delays.append(delay_s)
+def client() -> Callable[..., TeacherClient]:
+    """Makes clients that try again at once."""
 
     def make(*endpoints: str, **settings: object) -> TeacherClient:
-        return TeacherClient(endpoints=endpoints, **({"retry": NO_JITTER, "sleep": record} | settings))  # type: ignore[arg-type]
+        return TeacherClient(endpoints=endpoints, **({"retry": QUICK} | settings))  # type: ignore[arg-type]
 
     return make
 
@@ -111,16 +103,15 @@ async def test_zero_logprobs_gives_the_sampled_token_alone(stub: TeacherStub) ->
 async def test_a_passing_failure_is_retried(
     stub: TeacherStub,
     client: Callable[..., TeacherClient],
-    delays: list[float],
     code: grpc.StatusCode,
     reason: str | None,
 ) -> None:
-    """Two failures and an answer are an answer, after two growing waits."""
+    """Two failures and an answer are an answer."""
     async with client(stub.endpoint) as teacher:
         stub.script.extend([fails(code, reason)] * 2)
-        await score(teacher)
+        scores = await score(teacher)
     assert len(stub.requests) == 3
-    assert delays == [1.0, 2.0]
+    assert scores.timings.num_attempts == 3
 
 
 @pytest.mark.parametrize(
@@ -131,7 +122,6 @@ async def test_a_passing_failure_is_retried(
         (CODE.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE", TeacherRefusedError),
         (CODE.RESOURCE_EXHAUSTED, None, TeacherRefusedError),
         (CODE.UNIMPLEMENTED, None, TeacherRefusedError),
-        (CODE.INTERNAL, "ENGINE_ERROR", TeacherFailedError),
     ],
 )
 async def test_a_lasting_failure_is_not_retried(
@@ -152,37 +142,54 @@ async def test_a_lasting_failure_is_not_retried(
         await score(teacher)
 
 
-async def test_the_delay_that_the_service_names_is_kept(
-    stub: TeacherStub, client: Callable[..., TeacherClient], delays: list[float]
+async def test_a_teacher_that_fails_on_a_sequence_is_asked_three_times(
+    stub: TeacherStub, client: Callable[..., TeacherClient]
 ) -> None:
-    """RetryInfo's 2.5 s come on top of the backoff, never less."""
-    async with client(stub.endpoint) as teacher:
-        stub.script.append(fails(CODE.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=2.5))
+    """A fault may pass; a sequence that it follows everywhere fails, and the client lives on."""
+    async with client(stub.endpoint, retry=RetryPolicy(initial_delay_s=0.01)) as teacher:
+        stub.script.extend([fails(CODE.INTERNAL, "ENGINE_ERROR", message="broke on it")] * 3)
+        with pytest.raises(TeacherFailedError, match=r"broke on it after 3 attempts in .* s; see the teacher's log"):
+            await score(teacher)
+        assert len(stub.requests) == 3
+        stub.script.append(fails(CODE.INTERNAL, "ENGINE_ERROR"))
         await score(teacher)
-    assert delays == [3.5]
+
+
+async def test_the_delay_that_the_service_names_is_kept(
+    stub: TeacherStub, client: Callable[..., TeacherClient]
+) -> None:
+    """RetryInfo's 0.3 s are waited for, by other calls too."""
+    async with client(stub.endpoint) as teacher:
+        stub.script.append(fails(CODE.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=0.3))
+        first = asyncio.ensure_future(score(teacher))
+        await stub.arrived.wait()
+        await asyncio.sleep(0.05)
+        second = asyncio.ensure_future(score(teacher, num_logprobs=2))
+        assert (await first).timings.total_s >= 0.3
+        assert (await second).timings.waited_s >= 0.1
+        assert len(stub.requests) == 3
+        assert teacher.replicas[0].state is ReplicaState.SERVING
 
 
 async def test_a_delay_beyond_the_deadline_is_not_waited_for(
-    stub: TeacherStub, client: Callable[..., TeacherClient], delays: list[float]
+    stub: TeacherStub, client: Callable[..., TeacherClient]
 ) -> None:
     """A service that wants an hour gets its error raised now."""
     async with client(stub.endpoint, total_timeout_s=30.0) as teacher:
         stub.script.append(fails(CODE.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=3600))
+        started_s = time.monotonic()
         with pytest.raises(TeacherOverloadedError, match="after 1 attempt in"):
             await score(teacher)
-    assert delays == []
+    assert time.monotonic() - started_s < 20
 
 
-async def test_retries_end_after_the_attempts_allowed(
-    stub: TeacherStub, client: Callable[..., TeacherClient], delays: list[float]
-) -> None:
-    """Four attempts, three waits, and an error that says so and what to do."""
+async def test_retries_end_after_the_attempts_allowed(stub: TeacherStub, client: Callable[..., TeacherClient]) -> None:
+    """Four attempts, and an error that says so and what to do."""
     async with client(stub.endpoint) as teacher:
         stub.script.extend([fails(CODE.RESOURCE_EXHAUSTED, "OVERLOADED", message="queue is full")] * 9)
         with pytest.raises(TeacherOverloadedError, match=r"queue is full after 4 attempts in .* s; lower max_inflight"):
             await score(teacher)
     assert len(stub.requests) == 4
-    assert delays == [1.0, 2.0, 4.0]
 
 
 async def test_a_slow_attempt_is_repeated_while_time_remains(
@@ -229,10 +236,8 @@ async def test_a_teacher_that_is_gone_is_named_with_the_remedy(unused_tcp_port: 
     assert caught.value.reason == "UNREACHABLE"
 
 
-async def test_a_loading_teacher_is_waited_for(
-    stub: TeacherStub, client: Callable[..., TeacherClient], delays: list[float]
-) -> None:
-    """NOT_READY is waited out, with a log line per attempt."""
+async def test_a_loading_teacher_is_waited_for(stub: TeacherStub, client: Callable[..., TeacherClient]) -> None:
+    """NOT_READY is waited out beyond connect_timeout_s, with a log line per attempt."""
 
     async def loading(context: Context) -> None:
         await abort(context, CODE.UNAVAILABLE, "NOT_READY", "loading", None)
@@ -241,36 +246,37 @@ async def test_a_loading_teacher_is_waited_for(
     with capture_logs() as logs:
         async with client(stub.endpoint, wait_ready_s=60.0) as teacher:
             assert teacher.manifest == stub.manifest
-    assert delays == [1.0, 2.0, 4.0]
     assert [log["event"] for log in logs].count("teacher is still loading") == 3
 
 
 async def test_a_teacher_that_loads_too_long_is_given_up(
-    stub: TeacherStub, client: Callable[..., TeacherClient], delays: list[float]
+    stub: TeacherStub, client: Callable[..., TeacherClient]
 ) -> None:
-    """The next wait would pass wait_ready_s, though not connect_timeout_s."""
+    """The wait would pass wait_ready_s, though not connect_timeout_s."""
 
     async def loading(context: Context) -> None:
         await abort(context, CODE.UNAVAILABLE, "NOT_READY", "loading", None)
 
     stub.manifest_script.extend([loading] * 9)
-    with pytest.raises(TeacherUnavailableError, match=r"loading after 2 attempts in .*; raise wait_ready_s"):
-        await client(stub.endpoint, wait_ready_s=1.5, connect_timeout_s=60.0).__aenter__()
-    assert delays == [1.0]
+    patient = RetryPolicy(initial_delay_s=1.0, jitter=0.0)
+    with pytest.raises(TeacherUnavailableError, match=r"loading after 1 attempt in .*; raise wait_ready_s"):
+        await client(stub.endpoint, wait_ready_s=0.5, connect_timeout_s=60.0, retry=patient).__aenter__()
 
 
-async def test_a_wrong_answer_is_refused_and_not_asked_for_again(
-    stub: TeacherStub, client: Callable[..., TeacherClient]
-) -> None:
-    """NaN on the wire is an error with the endpoint, and the next call is answered."""
+async def test_a_wrong_answer_is_asked_for_again(stub: TeacherStub, client: Callable[..., TeacherClient]) -> None:
+    """NaN on the wire never arrives; a teacher that insists on it fails the call with its name."""
     answer = uniform_answer(pb.ScoreRequest(token_ids=TOKENS, score_start=2, num_logprobs=3), stub.manifest)
     answer.sampled_logprobs = np.full(3, np.nan, dtype="<f4").tobytes()
+    answer.ClearField("payload_crc32")
     async with client(stub.endpoint) as teacher:
-        stub.script.append(answers(answer))
+        stub.script.extend([answers(answer)] * 2)
+        scores = await score(teacher)
+        assert np.isfinite(scores.sampled_logprobs).all()
+        assert len(stub.requests) == 3
+        stub.script.extend([answers(answer)] * 3)
         with pytest.raises(TeacherAnswerError, match=f"{stub.endpoint} is invalid: sampled_logprobs holds NaN"):
             await score(teacher)
-        assert len(stub.requests) == 1
-        await score(teacher)
+        assert len(stub.requests) == 6
 
 
 async def test_an_argument_out_of_range_is_refused_before_sending(
@@ -296,11 +302,13 @@ async def test_a_teacher_replaced_before_the_first_call_is_refused(stub: Teacher
 
 
 async def test_a_replaced_teacher_is_refused(stub: TeacherStub, client: Callable[..., TeacherClient]) -> None:
-    """An answer with another manifest's digest than the checked one comes from another teacher."""
-    async with client(stub.endpoint) as teacher:
+    """An answer with another digest than the checked one is another teacher's: it is out, and the fields are named."""
+    async with client(stub.endpoint, total_timeout_s=1.5) as teacher:
         stub.manifest = stub_manifest(model_name="another")
-        with pytest.raises(TeacherMismatchError, match="replaced during the run"):
+        with pytest.raises(TeacherMismatchError, match=r"\(model_name: stub / another\): it was replaced"):
             await score(teacher)
+        assert teacher.replicas[0].state is ReplicaState.QUARANTINED
+        assert not teacher.is_serving
 
 
 async def test_an_answer_larger_than_the_manifest_allows_is_not_read(
@@ -308,7 +316,7 @@ async def test_an_answer_larger_than_the_manifest_allows_is_not_read(
 ) -> None:
     """The channel takes what the teacher can owe, not what it cares to send."""
     async with client(stub.endpoint) as teacher:
-        stub.script.append(answers(pb.ScoreResponse(sampled_logprobs=bytes(1 << 20))))
+        stub.script.append(answers(pb.ScoreResponse(sampled_logprobs=bytes(1 << 21))))
         with pytest.raises(TeacherRefusedError, match="RESOURCE_EXHAUSTED"):
             await score(teacher)
 
@@ -339,33 +347,33 @@ async def test_retries_carry_one_idempotency_key(client: Callable[..., TeacherCl
     async with running_stub(manifest) as stub, client(stub.endpoint) as teacher:
         stub.script.append(fails(CODE.UNAVAILABLE, "DRAINING"))
         await score(teacher)
-        await score(teacher)
+        await score(teacher, num_logprobs=2)
     keys = [request.idempotency_key for request in stub.requests]
     assert keys[0] == keys[1] != keys[2]
-    assert keys[0]
+    assert len(keys[0]) == 64
 
 
-async def test_a_retry_goes_to_another_endpoint(client: Callable[..., TeacherClient], delays: list[float]) -> None:
+async def test_a_retry_goes_to_another_endpoint(client: Callable[..., TeacherClient]) -> None:
     """With a second endpoint there is no need to wait as long as the first one asked."""
     async with running_stub() as first, running_stub() as second, client(first.endpoint, second.endpoint) as teacher:
-        first.script.append(fails(CODE.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=30))
-        second.script.append(fails(CODE.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=40))
-        with capture_logs() as logs:
-            scores = await score(teacher)
-    assert delays[0] == 1.0
-    assert [log["endpoint"] for log in logs if "reason" in log][:2] == [first.endpoint, second.endpoint]
-    assert delays[1] == 42.0
-    assert scores.endpoint == first.endpoint
+        first.script.append(fails(CODE.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=3600))
+        scores = [await score(teacher) for _ in range(4)]
+        assert {one.endpoint for one in scores} == {second.endpoint}
+        assert [one.timings.num_attempts for one in scores] == [2, 1, 1, 1]
+        assert len(first.requests) == 1
+        assert [one.state for one in teacher.replicas] == [ReplicaState.SERVING] * 2
 
 
 async def test_an_endpoint_that_dies_in_a_call_is_left(client: Callable[..., TeacherClient]) -> None:
     """The connection breaks under a call; the call is answered by the other endpoint."""
     async with running_stub() as first, running_stub() as second, client(first.endpoint, second.endpoint) as teacher:
-        first.script.append(hangs)
-        call = asyncio.ensure_future(score(teacher))
-        await first.arrived.wait()
+        first.gate.clear()
+        second.gate.clear()
+        calls = [asyncio.ensure_future(score(teacher, num_logprobs)) for num_logprobs in (1, 2)]
+        await until(lambda: first.num_running == second.num_running == 1)
         await first.stop()
-        assert (await call).endpoint == second.endpoint
+        second.gate.set()
+        assert {scores.endpoint for scores in await asyncio.gather(*calls)} == {second.endpoint}
         assert {(await score(teacher)).endpoint for _ in range(4)} == {second.endpoint}
 
 
@@ -380,12 +388,24 @@ async def test_endpoints_of_different_teachers_are_refused() -> None:
     assert "dtype" not in message
 
 
-async def test_one_unreachable_endpoint_fails_the_start(unused_tcp_port: int) -> None:
-    """All endpoints are checked before first use; the error names the one that is missing."""
+async def test_one_reachable_endpoint_is_enough_to_start(unused_tcp_port: int) -> None:
+    """The other one is named in the log, and tried on and on behind it."""
     missing = f"127.0.0.1:{unused_tcp_port}"
     async with running_stub() as stub:
-        with pytest.raises(TeacherUnavailableError, match=missing):
-            await TeacherClient(endpoints=[stub.endpoint, missing], connect_timeout_s=1.0).__aenter__()
+        with capture_logs() as logs:
+            async with TeacherClient(endpoints=[missing, stub.endpoint]) as teacher:
+                assert (await score(teacher)).endpoint == stub.endpoint
+                assert [one.state for one in teacher.replicas] == [ReplicaState.CONNECTING, ReplicaState.SERVING]
+        assert missing in {log["endpoint"] for log in logs if "tried in the background" in log["event"]}
+
+
+async def test_an_endpoint_that_is_silent_holds_the_start_no_longer_than_allowed() -> None:
+    """Entering waits connect_timeout_s for it, and goes on with the one that answers."""
+    async with running_stub() as stub, black_hole() as silent:
+        started_s = time.monotonic()
+        async with TeacherClient(endpoints=[silent, stub.endpoint], connect_timeout_s=0.5) as teacher:
+            assert time.monotonic() - started_s < 10
+            assert (await score(teacher)).endpoint == stub.endpoint
 
 
 async def test_a_teacher_that_does_not_fit_is_refused_before_use() -> None:
@@ -416,15 +436,15 @@ async def test_a_client_is_entered_before_use_and_once(stub: TeacherStub) -> Non
     ("settings", "words"),
     [
         ({"endpoints": []}, "at least one"),
-        ({"endpoints": "host:1"}, "must be a list"),
-        ({"endpoints": ["host"]}, "'host' is no `host:port`"),
-        ({"endpoints": ["host:70000"]}, "port in"),
-        ({"endpoints": ["a:1", "a:1"]}, "one twice"),
         ({"timeout_s": 0.0}, "timeout_s is 0.0"),
         ({"total_timeout_s": float("inf")}, "total_timeout_s is inf"),
         ({"connect_timeout_s": float("nan")}, "connect_timeout_s is nan"),
         ({"wait_ready_s": -1.0}, "wait_ready_s is -1.0"),
         ({"max_inflight": 0}, "max_inflight is 0"),
+        ({"health_period_s": 0.0}, "health_period_s is 0.0"),
+        ({"canary_tolerance": 0.0}, "canary_tolerance is 0.0"),
+        ({"hedge_percentile": 0.5}, "hedge_percentile is 0.5"),
+        ({"hedge_percentile": 1.0}, "hedge_percentile is 1.0"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, object], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -29,7 +30,6 @@ def request(**arguments: object) -> CheckedRequest:
         "wire_dtype": WireDtype.FLOAT32,
         "candidate_token_ids": None,
         "return_entropy": False,
-        "idempotency_key": "key",
     }
     return build_request(**(usual | arguments))  # type: ignore[arg-type]
 
@@ -80,7 +80,22 @@ def test_what_was_not_asked_for_is_not_sent() -> None:
     assert not any(message.HasField(name) for name in ("temperature", "candidates", "idempotency_key"))
     able = stub_manifest(capabilities=frozenset({Capability.IDEMPOTENCY, Capability.TEMPERATURE}))
     message = request(manifest=able, temperature=0.5).message
-    assert (message.idempotency_key, message.temperature) == ("key", 0.5)
+    assert message.temperature == 0.5
+    assert message.idempotency_key == request(manifest=able, temperature=0.5).key
+
+
+def test_a_key_names_the_content() -> None:
+    """Equal for equal questions to one teacher, whatever type the ids have; another for any other question."""
+    key = request().key
+    assert re.fullmatch("[0-9a-f]{64}", key)
+    assert request(token_ids=np.array(TOKENS)).key == key
+    others = [
+        request(token_ids=[*TOKENS[:-1], 10]),
+        request(score_start=3),
+        request(num_logprobs=4),
+        request(manifest=stub_manifest(model_name="another")),
+    ]
+    assert len({one.key for one in others} | {key}) == 5
 
 
 @pytest.mark.parametrize(
@@ -124,6 +139,7 @@ def test_a_wrong_answer_is_refused(fault: str) -> None:
     asked = request()
     answer = uniform_answer(asked.message, MANIFEST)
     read(answer, asked)
+    answer.ClearField("payload_crc32")  # it would tell of any fault, before the check that the fault is for
     _invalid_answers()[fault](answer)
     with pytest.raises(TeacherAnswerError, match="the answer of the teacher at host:1 is invalid"):
         read(answer, asked)

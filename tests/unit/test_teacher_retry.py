@@ -12,7 +12,7 @@ from trainer.errors import (
     TeacherRefusedError,
     TeacherUnavailableError,
 )
-from trainer.teacher.retry import RetryPolicy, error_class, is_retryable
+from trainer.teacher.retry import RetryPolicy, error_class, is_fault, is_retryable
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def test_only_what_may_pass_later_is_retried(code: str, reason: str, expected: t
     """Each status and reason has one error class, and only unavailability, overload and lateness are retried."""
     cls = error_class(code, reason)
     assert cls is expected
-    assert is_retryable(cls("x", endpoint="e:1", reason=reason)) is retryable
+    error = cls("x", endpoint="e:1", reason=reason)
+    assert is_retryable(error) is retryable
+    assert is_fault(error) is (expected is TeacherFailedError)
 
 
 def test_backoff_doubles_up_to_its_limit() -> None:

@@ -3,6 +3,16 @@
 from protos.codec import WireDtype
 from trainer.teacher.client import TeacherClient
 from trainer.teacher.compatibility import ScoringPlan, StudentInfo, check_compatibility
+from trainer.teacher.replica import ReplicaState, ReplicaStatus
 from trainer.teacher.retry import RetryPolicy
 
-__all__ = ["RetryPolicy", "ScoringPlan", "StudentInfo", "TeacherClient", "WireDtype", "check_compatibility"]
+__all__ = [
+    "ReplicaState",
+    "ReplicaStatus",
+    "RetryPolicy",
+    "ScoringPlan",
+    "StudentInfo",
+    "TeacherClient",
+    "WireDtype",
+    "check_compatibility",
+]

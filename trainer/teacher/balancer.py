@@ -1,58 +1,134 @@
-"""Which endpoint gets the next attempt. Pure: the caller brings the time."""
+"""Which replica gets the next attempt. Pure: the caller brings the time.
+
+Work is counted in tokens, plus a constant per request for what doesn't grow with them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_OVERHEAD_TOKENS = 64
+"""What a request costs beside its tokens, in tokens, so that a short one does not make its replica look slow."""
+_DECAY_S = 10.0
+"""Time in which an estimate that nothing confirms falls to 1/e: so long a replica that was slow once is passed over."""
+_FAIR_FACTOR = 1.25
+"""Expected waits within this factor of the best are equal: noise shall not draw all traffic to one replica."""
+_STICKY_FACTOR = 1.5
+_STICKY_REQUESTS = 4
+"""A request leaves its own replica where the wait is above 1.5 times the best one's plus four requests like it."""
 
 
 @dataclass(slots=True)
-class _Load:
+class PeakEwma:
+    """An estimate that jumps up at once and comes down slowly: slowness is believed at once, speed after a while."""
+
+    value: float = 0.0
+    updated_s: float = -math.inf
+
+    def at(self, now_s: float) -> float:
+        """The estimate; 0 before the first observation."""
+        return self.value * math.exp(-max(now_s - self.updated_s, 0.0) / _DECAY_S) if self.value else 0.0
+
+    def observe(self, value: float, now_s: float) -> None:
+        """Take a new observation in."""
+        old = self.at(now_s)
+        weight = math.exp(-max(now_s - self.updated_s, 0.0) / _DECAY_S)
+        self.value = value if value >= old else weight * self.value + (1 - weight) * value
+        self.updated_s = now_s
+
+
+def work_of(num_tokens: int) -> int:
+    """The work of a request of so many tokens."""
+    return num_tokens + _OVERHEAD_TOKENS
+
+
+@dataclass(slots=True)
+class Load:
+    """What is known of one replica's speed, and what it has to do."""
+
     num_inflight: int = 0
-    num_picked: int = 0
-    cool_until_s: float = float("-inf")
+    """Attempts under way."""
+    work: int = 0
+    """Their work, together."""
+    pace: PeakEwma = field(default_factory=PeakEwma)
+    """Seconds per unit of work that was outstanding when an attempt began, its own included."""
+    latency: PeakEwma = field(default_factory=PeakEwma)
+    """Seconds per attempt."""
+    busy_until_s: float = -math.inf
+    """When it wants to be asked again, where it refused as overloaded."""
+    picked: int = 0
+    """Number of the last pick: the lowest was left alone for longest."""
+
+    def begin(self, work: int) -> int:
+        """Count an attempt, and return all work outstanding with it."""
+        self.num_inflight += 1
+        self.work += work
+        return self.work
+
+    def end(self, work: int) -> None:
+        """An attempt is over, however it ended."""
+        self.num_inflight -= 1
+        self.work -= work
+
+    def answered(self, elapsed_s: float, outstanding: int, now_s: float) -> None:
+        """Learn from an attempt that was answered after `elapsed_s`.
+
+        Args:
+            elapsed_s: what it took.
+            outstanding: what `begin` returned for it.
+            now_s: the time.
+        """
+        self.pace.observe(elapsed_s / outstanding, now_s)
+        self.latency.observe(elapsed_s, now_s)
+
+    def unanswered(self, elapsed_s: float, outstanding: int, now_s: float) -> None:
+        """Learn from an attempt that had no answer after `elapsed_s`: it would have taken at least that long."""
+        if elapsed_s / outstanding > self.pace.at(now_s):
+            self.answered(elapsed_s, outstanding, now_s)
 
 
 class Balancer:
-    """Least in flight among the endpoints that did not just fail.
+    """Least expected wait, the one left alone for longest among equals; equal affinities stay together."""
 
-    The cool-down keeps an endpoint that fails fast, and so is always the least loaded, from drawing all traffic.
-    """
+    def __init__(self) -> None:
+        self._num_picked = 0
 
-    def __init__(self, endpoints: Sequence[str], *, cool_down_s: float) -> None:
-        self._loads = {endpoint: _Load() for endpoint in endpoints}
-        self._cool_down_s = cool_down_s
+    def pick(self, loads: Mapping[str, Load], *, work: int, affinity: str | None, now_s: float) -> str | None:
+        """The name of the replica for a request.
 
-    @contextmanager
-    def attempt(self, now_s: float) -> Iterator[str]:
-        """Pick an endpoint, and count an attempt on it for as long as the context lasts.
-
-        Where every endpoint is cooling down, the one that cools down first is picked: waiting is the retry
-        policy's business.
+        Args:
+            loads: of the replicas that may be asked now.
+            work: of the request.
+            affinity: requests that share it go to one replica where it is not clearly worse; None: any.
+            now_s: the time.
         """
+        if not loads:
+            return None
+        waits = _expected_waits(loads, work, now_s)
+        best_s = min(waits.values())
+        picked = min((name for name in loads if waits[name] <= _FAIR_FACTOR * best_s), key=lambda n: loads[n].picked)
+        if affinity is not None:
+            own = max(loads, key=lambda name: _rendezvous(affinity, name))
+            best = min(waits, key=lambda name: waits[name])
+            allowance_s = _STICKY_REQUESTS * best_s * work / (loads[best].work + work)
+            if waits[own] <= _STICKY_FACTOR * best_s + allowance_s:
+                picked = own
+        self._num_picked += 1
+        loads[picked].picked = self._num_picked
+        return picked
 
-        def rank(endpoint: str) -> tuple[float, int, int]:
-            load = self._loads[endpoint]
-            return (max(load.cool_until_s - now_s, 0.0), load.num_inflight, load.num_picked)
 
-        picked = min(self._loads, key=rank)
-        self._loads[picked].num_inflight += 1
-        self._loads[picked].num_picked += 1
-        try:
-            yield picked
-        finally:
-            self._loads[picked].num_inflight -= 1
+def _expected_waits(loads: Mapping[str, Load], work: int, now_s: float) -> dict[str, float]:
+    paces = {name: load.pace.at(now_s) for name, load in loads.items()}
+    known = [pace for pace in paces.values() if pace > 0]
+    # A replica that nothing is known of is taken for a usual one: as the fastest it would draw all traffic.
+    usual = sum(known) / len(known) if known else 1.0
+    return {name: (load.work + work) * (paces[name] or usual) for name, load in loads.items()}
 
-    def report_failure(self, endpoint: str, now_s: float, *, retry_delay_s: float | None = None) -> None:
-        """Avoid an endpoint for the cool-down, or for as long as it asked for where that is longer."""
-        load = self._loads[endpoint]
-        load.cool_until_s = max(load.cool_until_s, now_s + max(self._cool_down_s, retry_delay_s or 0.0))
 
-    def report_success(self, endpoint: str) -> None:
-        """End an endpoint's cool-down."""
-        self._loads[endpoint].cool_until_s = float("-inf")
-
-    def has_available(self, now_s: float) -> bool:
-        """Whether some endpoint is not cooling down."""
-        return any(load.cool_until_s <= now_s for load in self._loads.values())
+def _rendezvous(affinity: str, name: str) -> bytes:
+    """A replica's claim on an affinity: the highest wins, so a replica that comes or goes moves only its own share."""
+    return hashlib.sha256(f"{affinity}\0{name}".encode()).digest()

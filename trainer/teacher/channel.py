@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import TracebackType
+from typing import Self, TypeVar
+
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.codec import CodecError, manifest_from_pb
 from protos.manifest import Manifest
 from protos.teacher.v1 import teacher_pb2 as pb
 from protos.teacher.v1.teacher_pb2_grpc import TeacherServiceStub
-from trainer.errors import TeacherAnswerError
+from trainer.errors import TeacherAnswerError, TeacherDeadlineError, TeacherError, TeacherUnavailableError
 from trainer.teacher.failures import translated_errors
 
 _KEEPALIVE_PERIOD_S = 30.0
@@ -19,6 +23,11 @@ _MANIFEST_BYTES = 1 << 20
 """Most that a manifest may have: 8 bytes per 1,024 tokens, and a few hundred for the rest."""
 _OTHER_FIELDS_BYTES = 4096
 _INT32_MAX = 2**31 - 1
+_WATCH_S = 3600.0
+"""Deadline of one health stream, which is then opened again."""
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+T = TypeVar("T")
 
 
 class Endpoint:
@@ -48,6 +57,15 @@ class Endpoint:
             ],
         )
         self._stub = TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
 
     @classmethod
     def for_manifest(cls, name: str, *, connect_timeout_s: float) -> Endpoint:
@@ -65,7 +83,8 @@ class Endpoint:
         return cls(
             name,
             connect_timeout_s=connect_timeout_s,
-            max_receive_bytes=max_answer_bytes(manifest),
+            # a manifest is asked for again over the same channel
+            max_receive_bytes=max(max_answer_bytes(manifest), _MANIFEST_BYTES),
             max_send_bytes=min(manifest.max_request_bytes, _INT32_MAX),
         )
 
@@ -77,9 +96,11 @@ class Endpoint:
             TeacherAnswerError: what came is no valid manifest.
         """
         with translated_errors(self.name, timeout_s=timeout_s):
-            answer: pb.GetManifestResponse = await self._stub.GetManifest(pb.GetManifestRequest(), timeout=timeout_s)
+            answer: pb.GetManifestResponse | None = await self._stub.GetManifest(
+                pb.GetManifestRequest(), timeout=timeout_s
+            )
         try:
-            return manifest_from_pb(answer.manifest)
+            return manifest_from_pb(_parsed(answer, self.name).manifest)
         except CodecError as exc:
             raise TeacherAnswerError(
                 f"the manifest of the teacher at {self.name} is invalid: {exc}; is it a teacher service?",
@@ -92,14 +113,67 @@ class Endpoint:
 
         Raises:
             TeacherError: the call failed.
+            TeacherAnswerError: the answer's bytes are no message.
         """
         with translated_errors(self.name, timeout_s=timeout_s):
-            answer: pb.ScoreResponse = await self._stub.Score(request, timeout=timeout_s)
-        return answer
+            answer: pb.ScoreResponse | None = await self._stub.Score(request, timeout=timeout_s)
+        return _parsed(answer, self.name)
+
+    async def is_serving(self, *, timeout_s: float) -> bool:
+        """Whether the teacher says that it serves; a teacher without a health service does, since it answers.
+
+        Raises:
+            TeacherDeadlineError: it does not answer.
+            TeacherUnavailableError: it can't be reached.
+        """
+        try:
+            with translated_errors(self.name, timeout_s=timeout_s):
+                answer: health_pb2.HealthCheckResponse | None = await self._health.Check(
+                    health_pb2.HealthCheckRequest(), timeout=timeout_s
+                )
+            return bool(_parsed(answer, self.name).status != _NOT_SERVING)
+        except (TeacherDeadlineError, TeacherUnavailableError):
+            raise
+        except TeacherError:
+            return True
+
+    async def wait_until_not_serving(self) -> None:
+        """Follow the teacher's health until it says that it does not serve.
+
+        Raises:
+            TeacherError: the stream ended. TeacherRefusedError: the teacher has no health service.
+        """
+        stream = self._health.Watch(health_pb2.HealthCheckRequest(), timeout=_WATCH_S)
+        try:
+            with translated_errors(self.name, timeout_s=_WATCH_S):
+                async for answer in stream:
+                    if _parsed(answer, self.name).status == _NOT_SERVING:
+                        return
+        finally:
+            stream.cancel()
+        raise TeacherUnavailableError(
+            f"the teacher at {self.name} ended its health stream", endpoint=self.name, reason="STREAM_ENDED"
+        )
 
     async def close(self) -> None:
         """Close the channel; a call still under way is cancelled."""
         await self._channel.close(grace=None)
+
+
+def _parsed(answer: T | None, endpoint: str) -> T:
+    """The message of an answer; gRPC gives None for bytes that it can't parse, with no error.
+
+    Raises:
+        TeacherAnswerError: there is none.
+    """
+    if answer is None:
+        raise TeacherAnswerError(
+            f"the answer of the teacher at {endpoint} is no message of the contract: its bytes were damaged on the "
+            "way, or no teacher service listens there",
+            endpoint=endpoint,
+            reason="INVALID_ANSWER",
+        )
+    return answer
 
 
 def max_answer_bytes(manifest: Manifest) -> int:

@@ -94,21 +94,41 @@ def check_compatibility(
         _warn_of_other_roles(manifest.tokenizer, student, endpoint)
 
 
-def manifest_changed(endpoint: str, *, digest: str, checked: str) -> TeacherMismatchError:
+def manifest_changed(
+    endpoint: str, *, digest: str, checked: str, fields: Mapping[str, tuple[str, str]] | None = None
+) -> TeacherMismatchError:
     """The error for a teacher that is another one than was checked.
 
     Args:
         endpoint: `host:port` of the teacher.
         digest: of the manifest it has now.
         checked: digest of the manifest that was checked.
+        fields: what differs, each with the checked value and the one it has now; None where that is not known.
     """
+    differing = f" ({words_of(fields)})" if fields else ""
     return TeacherMismatchError(
-        f"the teacher at {endpoint} has the manifest digest {digest!r}, checked was {checked!r}: it was replaced "
-        "during the run; start the run again to check the new teacher",
+        f"the teacher at {endpoint} has the manifest digest {digest!r}, checked was {checked!r}{differing}: it was "
+        "replaced during the run; start the checked teacher there again, or the run, to check the new one",
         endpoint=endpoint,
         reason="MANIFEST_CHANGED",
         metadata={"digest": digest, "checked": checked},
     )
+
+
+def check_unchanged(endpoint: str, *, manifest: Manifest, checked: Manifest) -> None:
+    """Refuse a teacher that is another one than was checked.
+
+    Raises:
+        TeacherMismatchError: it is; the message names the fields that differ.
+    """
+    if manifest.digest != checked.digest:
+        fields = differing_fields(checked, manifest)
+        raise manifest_changed(endpoint, digest=manifest.digest, checked=checked.digest, fields=fields)
+
+
+def words_of(fields: Mapping[str, tuple[str, str]]) -> str:
+    """Fields that differ, with both values."""
+    return "; ".join(f"{field}: {one} / {other}" for field, (one, other) in fields.items())
 
 
 def differing_fields(first: Manifest, second: Manifest) -> dict[str, tuple[str, str]]:

@@ -11,13 +11,18 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2  # type: ignore[import-untyped] # googleapis ships no stubs
 from grpc_status import rpc_status
 
-from trainer.errors import TeacherDeadlineError, TeacherError, TeacherOverloadedError
+from trainer.errors import TeacherDeadlineError, TeacherError, TeacherOverloadedError, TeacherUnavailableError
+from trainer.teacher.resolver import UNRESOLVED
 from trainer.teacher.retry import error_class
 
 UNREACHABLE = "UNREACHABLE"
 """Reason of a failure in which no teacher spoke: refused, reset, unresolved."""
 NOT_READY = "NOT_READY"
 """The service's reason while it loads its model."""
+NOT_SERVING = "NOT_SERVING"
+"""Reason for a teacher that is there, but whose health says that it does not serve."""
+WENT_DOWN = "WENT_DOWN"
+"""Reason of an attempt that the client ended because its teacher went out of rotation."""
 
 _START_ONE = (
     "start one with `python -m teacher_service serve --model PATH --grpc-port 15555` or set "
@@ -57,9 +62,32 @@ def gave_up(error: TeacherError, *, num_attempts: int, elapsed_s: float, time_li
     )
 
 
+def not_serving(endpoint: str) -> TeacherUnavailableError:
+    """The error for a teacher whose health says that it does not serve."""
+    return TeacherUnavailableError(
+        f"the teacher at {endpoint} says NOT_SERVING: it is loading or draining, or its engine is dead",
+        endpoint=endpoint,
+        reason=NOT_SERVING,
+    )
+
+
+def went_down(endpoint: str, cause: str) -> TeacherUnavailableError:
+    """The error of an attempt whose teacher went out of rotation.
+
+    Args:
+        endpoint: `host:port` of the teacher.
+        cause: why it did.
+    """
+    return TeacherUnavailableError(
+        f"the teacher at {endpoint} was given up during the call: {cause}", endpoint=endpoint, reason=WENT_DOWN
+    )
+
+
 def _remedy(error: TeacherError, time_limits: str) -> str:
     if error.reason == UNREACHABLE:
         return _START_ONE
+    if error.reason == UNRESOLVED:
+        return "check the name, or list the teachers' addresses"
     if error.reason == NOT_READY:
         return "raise wait_ready_s if the model needs longer to load"
     if isinstance(error, TeacherDeadlineError):

@@ -16,6 +16,11 @@ class Inflight:
         self._empty = asyncio.Event()
         self._empty.set()
 
+    @property
+    def num_calls(self) -> int:
+        """Calls that hold a slot or wait for one."""
+        return len(self._scopes)
+
     @asynccontextmanager
     async def slot(self, deadline_s: float) -> AsyncIterator[None]:
         """Hold a slot; waiting for one counts towards the deadline.

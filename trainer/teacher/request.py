@@ -5,6 +5,7 @@ Legend: N tokens, S = N - score_start scored positions, K top-k entries, C candi
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,13 @@ class CheckedRequest:
     """S."""
     num_candidates: int
     """C."""
+    key: str
+    """Names the content, SHA-256 hex: equal for equal questions to one teacher, in every process and run."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.message.token_ids)
 
 
 def build_request(
@@ -55,7 +63,6 @@ def build_request(
     wire_dtype: WireDtype,
     candidate_token_ids: NDArray[np.integer] | None,
     return_entropy: bool,
-    idempotency_key: str,
 ) -> CheckedRequest:
     """Check a call's arguments against the manifest and pack them.
 
@@ -68,7 +75,6 @@ def build_request(
         wire_dtype: element type of the answer's logprobs.
         candidate_token_ids: [S, C] ids to score as well; None for none.
         return_entropy: whether the entropy is wanted.
-        idempotency_key: names this work; sent where the teacher can use it.
 
     Raises:
         TeacherRequestError: an argument is out of range; nothing was sent.
@@ -85,20 +91,27 @@ def build_request(
     )
     if temperature != 1.0:
         message.temperature = temperature
-    if Capability.IDEMPOTENCY in manifest.capabilities:
-        message.idempotency_key = idempotency_key
     num_scored, num_candidates = len(ids) - score_start, 0
     if candidate_token_ids is not None:
         candidates = _checked_candidates(np.asarray(candidate_token_ids), num_scored, manifest.vocab_rows)
         num_candidates = candidates.shape[1]
         message.candidates.count = num_candidates
         message.candidates.token_ids = encode_token_ids(candidates)
+    key = _content_key(manifest, message)
+    if Capability.IDEMPOTENCY in manifest.capabilities:
+        message.idempotency_key = key
     if message.ByteSize() > manifest.max_request_bytes:
         raise TeacherRequestError(
             f"the request has {message.ByteSize()} bytes, the teacher's limit is {manifest.max_request_bytes}; "
             "send fewer tokens or candidates, or raise the teacher's limit"
         )
-    return CheckedRequest(message=message, num_scored=num_scored, num_candidates=num_candidates)
+    return CheckedRequest(message=message, num_scored=num_scored, num_candidates=num_candidates, key=key)
+
+
+def _content_key(manifest: Manifest, message: pb.ScoreRequest) -> str:
+    content = hashlib.sha256(manifest.digest.encode())
+    content.update(b"\0" + message.SerializeToString(deterministic=True))
+    return content.hexdigest()
 
 
 def read_answer(

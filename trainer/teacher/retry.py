@@ -9,6 +9,7 @@ from tenacity import RetryCallState
 
 from trainer.errors import (
     ConfigError,
+    TeacherAnswerError,
     TeacherDeadlineError,
     TeacherError,
     TeacherFailedError,
@@ -16,6 +17,9 @@ from trainer.errors import (
     TeacherRefusedError,
     TeacherUnavailableError,
 )
+
+MAX_FAULTS = 3
+"""Attempts of one call that may fail inside a teacher or bring an invalid answer: the sequence itself may be why."""
 
 _RETRYABLE = (TeacherUnavailableError, TeacherOverloadedError, TeacherDeadlineError)
 _CLASS_BY_CODE: dict[str, type[TeacherError]] = {
@@ -81,8 +85,13 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same request may succeed later or elsewhere."""
+    """Whether the same request may succeed later or elsewhere, as often as it takes."""
     return isinstance(error, _RETRYABLE)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether the teacher failed on the request, so that few more attempts are worth their while."""
+    return isinstance(error, (TeacherFailedError, TeacherAnswerError))
 
 
 def error_class(code: str, reason: str) -> type[TeacherError]:
