@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 # Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
-.PHONY: help setup format lint types test test-e2e demo protos bench bench-loss bench-truncation bench-modes bench-teacher lock clean
+.PHONY: help setup format lint types test test-e2e demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,11 +33,11 @@ lint: $(INSTALLED) ## Check style and formatting
 types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
-test: lint types ## Check style and types, then run the unit, conformance, contract and integration tests
-	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration
+test: lint types ## Check style and types, then run all tests but those marked e2e: faults without training too
+	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration tests/e2e/test_faults.py -m "not e2e"
 
-test-e2e: $(INSTALLED) ## Run the end-to-end tests: verl, Ray and vLLM together
-	$(BIN)/pytest tests/e2e
+test-e2e: $(INSTALLED) ## Run the end-to-end tests, those marked e2e: verl, Ray and vLLM together
+	$(BIN)/pytest tests/e2e -m e2e
 
 demo: $(INSTALLED) ## Distill a small student from a small teacher, on this machine
 	$(BIN)/python -m examples.sort_digits.demo
@@ -45,7 +45,7 @@ demo: $(INSTALLED) ## Distill a small student from a small teacher, on this mach
 protos: $(INSTALLED) ## Regenerate the stubs of the contract
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-bench: bench-loss bench-truncation bench-modes bench-teacher ## Run the benchmarks
+bench: bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale ## Run the benchmarks
 
 bench-loss: $(INSTALLED) ## Measure time and memory of the losses (a quarter of an hour on 2 idle cores)
 	$(BIN)/python -m benchmarks.losses
@@ -58,6 +58,12 @@ bench-modes: $(INSTALLED) ## Measure how fast each training mode learns the demo
 
 bench-teacher: $(INSTALLED) ## Measure each way to a teacher's logprobs, vLLM's own among them (half an hour on 2 idle cores)
 	$(BIN)/python -m benchmarks.teacher
+
+bench-overlap: $(INSTALLED) ## Measure how much of a teacher's time a training step still sees (half an hour on 2 idle cores)
+	$(BIN)/python -m benchmarks.overlap
+
+bench-scale: $(INSTALLED) ## Measure what further replicas of a teacher give, and what a lost one costs (three minutes)
+	$(BIN)/python -m benchmarks.scale
 
 lock: $(INSTALLED) ## Write requirements/*.lock anew from pyproject.toml (UPGRADE=--upgrade takes newer versions)
 	UV=$(BIN)/uv requirements/lock.sh $(UPGRADE)

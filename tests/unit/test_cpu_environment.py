@@ -22,7 +22,7 @@ def _config() -> DictConfig:
                 "ref": {"log_prob_micro_batch_size_per_gpu": None},
                 "model": {"override_config": {}},
             },
-            "trainer": {"n_gpus_per_node": 8},
+            "trainer": {"n_gpus_per_node": 8, "v1": {"trainer_mode": "sync"}},
             "ray_kwargs": {"ray_init": {"num_cpus": None}},
         }
     )
@@ -87,3 +87,45 @@ def test_choosing_the_environment_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 f16c", False),
+        ("flags\t\t: fpu avx512f avx512_bf16", True),
+        ("flags\t\t: amx_bf16 amx_tile", True),
+        ("Features\t: fp asimd bf16", True),
+        ("processor\t: 0", True),
+    ],
+)
+def test_the_processor_says_whether_it_has_bfloat16(tmp_path: Path, line: str, expected: bool) -> None:
+    """And where it says nothing, verl's own choice stays."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name\t: bf16 avx512_bf16\n{line}\n")
+    assert environment.has_bfloat16(cpuinfo) is expected
+    assert environment.has_bfloat16(tmp_path / "missing")
+
+
+def test_without_bfloat16_all_is_float32_but_for_what_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated bfloat16 is dozens of times slower."""
+    for has, expected in ((True, None), (False, "float32")):
+        monkeypatch.setattr(environment, "has_bfloat16", lambda has=has: has)
+        config = _config()
+        environment.apply_config_defaults(config, frozenset())
+        assert OmegaConf.select(config, "actor_rollout_ref.rollout.dtype") == expected
+    config = _config()
+    environment.apply_config_defaults(config, frozenset({"actor_rollout_ref.rollout.dtype"}))
+    assert OmegaConf.select(config, "actor_rollout_ref.rollout.dtype") is None
+    assert config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype == "fp32"
+
+
+def test_separate_async_has_a_rollout_engine_of_its_own() -> None:
+    """Ray counts its worker too, and verl's message that fails at INFO is not reached."""
+    config = _config()
+    config.trainer.v1.trainer_mode = "separate_async"
+    environment.apply_config_defaults(config, frozenset())
+    for key, value in environment.SEPARATE_ASYNC_DEFAULTS.items():
+        assert OmegaConf.select(config, key) == value
+    assert config.ray_kwargs.ray_init.num_gpus == 2
+    assert environment.ENVIRONMENT["VERL_LOGGING_LEVEL"] == "WARN"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Set
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -64,6 +65,17 @@ CONFIG_DEFAULTS: dict[str, object] = {
 """Applied where the user's command line is silent. `ray_init.num_gpus` counts the workers of actor and rollout."""
 
 
+FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+FLOAT32_DEFAULTS: dict[str, object] = {
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision": FLOAT32,
+    "actor_rollout_ref.ref.fsdp_config.mixed_precision": FLOAT32,
+    "actor_rollout_ref.rollout.dtype": "float32",
+}
+"""Likewise, on a processor without instructions for bfloat16, which multiplies it dozens of times slower."""
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""What /proc/cpuinfo says of such instructions, on x86 and Arm."""
+CPUINFO = Path("/proc/cpuinfo")
+
 SEPARATE_ASYNC_DEFAULTS: dict[str, object] = {
     # a rollout engine of its own, and none beside the actor
     "actor_rollout_ref.hybrid_engine": False,
@@ -81,6 +93,16 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def has_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the processor multiplies bfloat16 itself; assumed where the kernel does not say."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return True
+    flags = [line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))]
+    return not flags or not BFLOAT16_FLAGS.isdisjoint(flags[0])
+
+
 def apply_config_defaults(config: DictConfig, user_keys: Set[str]) -> None:
     """Fill in what a machine without an accelerator needs, in place, wherever the user did not choose.
 
@@ -89,7 +111,10 @@ def apply_config_defaults(config: DictConfig, user_keys: Set[str]) -> None:
         user_keys: dotted keys that the command line names.
     """
     is_separate = config.trainer.v1.trainer_mode == "separate_async"
-    for key, value in (CONFIG_DEFAULTS | (SEPARATE_ASYNC_DEFAULTS if is_separate else {})).items():
+    defaults = CONFIG_DEFAULTS | (SEPARATE_ASYNC_DEFAULTS if is_separate else {})
+    if not has_bfloat16():
+        defaults |= FLOAT32_DEFAULTS
+    for key, value in defaults.items():
         if key not in user_keys:
             OmegaConf.update(config, key, value, force_add=True)
     if "ray_kwargs.ray_init.num_gpus" not in user_keys:
