@@ -134,6 +134,7 @@ class Bench:
             "trainer.total_training_steps": WARM_UP_STEPS + self.num_steps,
             "trainer.total_epochs": 100,
             "trainer.save_freq": -1,
+            "trainer.default_local_dir": self.folder / "checkpoints",
             "trainer.resume_mode": "disable",
             "trainer.logger": "[console,file]",
         }

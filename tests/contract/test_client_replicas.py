@@ -182,6 +182,23 @@ async def test_an_answer_of_another_teacher_is_made_elsewhere() -> None:
         assert "model_name: stub / another" in error
 
 
+async def test_a_damaged_digest_is_no_other_teacher() -> None:
+    """The teacher itself still names the right manifest: it is connected anew and used, not kept out for minutes."""
+
+    async def damaged(request: pb.ScoreRequest, _context: Context) -> pb.ScoreResponse:
+        answer = uniform_answer(request, stub_manifest())
+        answer.manifest_digest = answer.manifest_digest[:-1] + "?"
+        return answer
+
+    async with running_stub() as stub, client([stub.endpoint], canary_period_s=300.0) as teacher:
+        stub.script.append(damaged)
+        with capture_logs() as logs:
+            answer = await score(teacher)
+        assert answer.endpoint == stub.endpoint
+        assert state(teacher, stub) is ReplicaState.SERVING
+    assert "DAMAGED_ANSWER" in [line.get("reason") for line in logs]
+
+
 async def drifted(request: pb.ScoreRequest, _context: Context) -> pb.ScoreResponse:
     answer = uniform_answer(request, stub_manifest())
     logprobs = np.full(len(request.token_ids) - 1, -np.log(32) - 0.5, dtype="<f4")

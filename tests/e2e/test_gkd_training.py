@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import signal
-import time
 import urllib.request
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.conftest import NUM_STEPS, TRAINER_TIMEOUT_S, Workspace
+from tests.e2e.conftest import NUM_STEPS, Workspace
 from tests.support.trainer import BATCH_SIZE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -56,26 +53,3 @@ def test_distillation_on_the_real_stack(workspace: Workspace) -> None:
     assert max(moved) > 1e-3
 
     assert workspace.supervisor.stop(teacher) == 0  # a drained teacher ends well
-
-
-def test_teacher_that_dies_ends_the_run_with_its_reason(workspace: Workspace) -> None:
-    """Killed in mid-run, and not back within max_wait_s: the trainer says so and ends; nothing hangs."""
-    teacher, endpoint, _ = workspace.start_teacher("mortal")
-    run = workspace.run("bereaved", endpoint)
-    changes = {
-        "actor_rollout_ref.teacher.max_wait_s": 5,
-        "trainer.total_training_steps": 10_000,
-        "trainer.save_freq": -1,
-    }
-    trainer = workspace.start("orphan", run.command(changes), run.environment())
-    deadline = time.monotonic() + TRAINER_TIMEOUT_S
-    while not run.steps():
-        assert trainer.exit_code() is None, trainer.last_words()
-        assert time.monotonic() < deadline, trainer.last_words()
-        workspace.supervisor.pause(0.1)
-    service = psutil.Process(teacher.popen.pid)
-    for one in [*service.children(recursive=True), service]:
-        if "resource_tracker" not in " ".join(one.cmdline()):  # it frees what the others leave behind
-            one.send_signal(signal.SIGKILL)
-    assert workspace.wait(trainer, timeout_s=120) == [1]
-    assert "responses could not be scored by the teacher: " in trainer.last_words()

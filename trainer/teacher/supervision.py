@@ -14,6 +14,7 @@ import structlog
 
 from protos.manifest import Manifest
 from trainer.errors import (
+    TeacherAnswerError,
     TeacherDeadlineError,
     TeacherError,
     TeacherMismatchError,
@@ -168,8 +169,8 @@ class Supervisor:
                 await suspected.wait()
         suspected.clear()
 
-    async def _named_mismatch(self, endpoint: Endpoint, impostor: TeacherMismatchError) -> TeacherMismatchError:
-        """The mismatch in an answer, with the fields that differ where the manifest tells."""
+    async def _named_mismatch(self, endpoint: Endpoint, impostor: TeacherMismatchError) -> TeacherError:
+        """The mismatch in an answer, with the fields that differ; another error where the manifest is the right one."""
         self._replica.impostor = None
         try:
             await self._check_manifest(endpoint)
@@ -177,7 +178,12 @@ class Supervisor:
             return named
         except TeacherError:
             return impostor
-        return impostor
+        return TeacherAnswerError(
+            f"an answer of the teacher at {self._name} names another manifest than the teacher itself does: it was "
+            "damaged on the way, or the teacher was replaced and is back",
+            endpoint=self._name,
+            reason="DAMAGED_ANSWER",
+        )
 
     async def _follow_health(self, endpoint: Endpoint) -> None:
         """Raise as soon as the teacher says NOT_SERVING; return where it has no health service."""
