@@ -297,7 +297,7 @@ BAD_CASES: tuple[BadCase, ...] = (
     _spoilt("TOKEN_ID_OUT_OF_RANGE", _spoil_token),
     _spoilt("SEQUENCE_TOO_LONG", _lengthen),
     _spoilt("NUM_LOGPROBS_OUT_OF_RANGE", _set("num_logprobs", -1, V + 1, 2**31 - 1)),
-    _spoilt("INVALID_TEMPERATURE", _set("temperature", 0.0, -1.0, np.nan, np.inf, -np.inf)),
+    _spoilt("INVALID_TEMPERATURE", _set("temperature", 0.0, -1.0, np.nan, np.inf, -np.inf, 1e-38, 1e-5, 1e5)),
     _spoilt("INVALID_CANDIDATES", _spoil_candidates),
     _spoilt("INVALID_CANDIDATES", _spoil_candidate_count, but=(Door.JSON,)),  # JSON has no count
     _spoilt("INVALID_IDEMPOTENCY_KEY", _set("idempotency_key", "", "k" * 129)),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from teacher_service.errors import EngineStartError
+
+LM_HEAD = "lm_head"
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the LM head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +34,13 @@ class Adapter:
         try:
             config = json.loads((folder / "adapter_config.json").read_text())
             rank = int(config["r"])
-            changed = [*(config.get("target_modules") or []), *(config.get("modules_to_save") or [])]
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+            changes_lm_head = any(_names_lm_head(config.get(key)) for key in ("target_modules", "modules_to_save"))
+        except (OSError, ValueError, KeyError, TypeError, re.error) as exc:
             raise EngineStartError(
                 f"{path} is no LoRA adapter: its adapter_config.json can't be read ({exc}); give the folder that PEFT "
                 "wrote"
             ) from exc
-        if "lm_head" in changed:
+        if changes_lm_head:
             raise EngineStartError(
                 f"the LoRA adapter {path} changes lm_head, and vLLM can't apply that to the rows of a prompt; merge it "
                 "into the model (PEFT's merge_and_unload) and serve the result"
@@ -47,6 +52,13 @@ class Adapter:
         from vllm.lora.request import LoRARequest
 
         return LoRARequest("teacher", 1, str(self.folder))
+
+
+def _names_lm_head(modules: str | list[str] | None) -> bool:
+    """Whether PEFT would take the LM head for one of these: a list holds names, a string is a regular expression."""
+    if isinstance(modules, str):
+        return modules != ALL_LINEAR and re.fullmatch(modules, LM_HEAD) is not None
+    return LM_HEAD in (modules or [])
 
 
 def detach_from_logits(model: Any) -> None:
