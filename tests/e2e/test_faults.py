@@ -30,7 +30,7 @@ LATENCY_S = 0.05
 TIMEOUT_S = 40.0
 """Bound of a test."""
 BROKEN_S = 2.0
-OVERLOADED_S = 5.0
+OVERLOADED_S = 30.0
 RETRY_DELAY_S = 0.5
 MANY = 100_000
 """More steps of a script than a test can use up."""
@@ -73,13 +73,13 @@ def logs() -> Iterator[Logs]:
 
 @asynccontextmanager
 async def calling(
-    endpoints: Sequence[str] | str, *, predict: Predict = analytic, **settings: Any
+    endpoints: Sequence[str] | str, *, predict: Predict = analytic, bound_s: float = TIMEOUT_S, **settings: Any
 ) -> AsyncIterator[SteadyCalls]:
     """A steady stream of calls by a client that looks after its replicas more often than by default."""
     client = TeacherClient(
         endpoints=endpoints,
         timeout_s=3.0,
-        total_timeout_s=TIMEOUT_S,
+        total_timeout_s=bound_s,
         connect_timeout_s=3.0,
         health_period_s=1.0,
         canary_period_s=2.0,
@@ -87,7 +87,7 @@ async def calling(
         retry=RetryPolicy(max_delay_s=0.5),
         **settings,
     )
-    async with asyncio.timeout(TIMEOUT_S), client, steady_calls(client, predict=predict) as calls:
+    async with asyncio.timeout(bound_s), client, steady_calls(client, predict=predict) as calls:
         await calls.more(8)
         yield calls
 
@@ -237,7 +237,10 @@ async def test_another_model_after_a_restart_is_refused(service: ServiceProcess,
 async def test_a_teacher_that_is_overloaded_for_seconds(logs: Logs) -> None:
     """Its delay is kept, so that it is asked seldom; it is not taken for ill."""
     overloaded = fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=RETRY_DELAY_S)
-    async with running_stub() as stub, calling([stub.endpoint], predict=uniform) as calls:
+    async with (
+        running_stub() as stub,
+        calling([stub.endpoint], predict=uniform, bound_s=OVERLOADED_S + TIMEOUT_S) as calls,
+    ):
         stub.script.extend([overloaded] * MANY)
         await asyncio.sleep(OVERLOADED_S)
         num_refused = MANY - len(stub.script)

@@ -228,28 +228,46 @@ def test_a_lost_teacher_is_masked_or_ends_the_run_within_its_bound(workspace: Wo
     assert workspace.supervisor.stop(kept) == 0
 
 
-def test_a_full_disk_ends_the_run_with_the_last_whole_checkpoint(workspace: Workspace) -> None:
-    """The checkpoint of a step does not fit: the error says which, where, why, and what is left."""
-    teacher, endpoint, _ = workspace.start_teacher("for_full_disk", engine="transformers")
+def test_a_full_disk_and_a_teacher_that_may_not_fail_end_their_runs(workspace: Workspace) -> None:
+    """Two runs in verl's sync mode.
+
+    The checkpoint of a step does not fit: the error says which, where, why, and what is left. And with
+    `on_failure=fail`, the run ends within the time of one attempt once its teacher is dead, with a checkpoint that it
+    would not have written otherwise.
+    """
+    _, endpoint, _ = workspace.start_teacher("for_full_disk", engine="transformers")
+    mortal, mortal_endpoint, _ = workspace.start_teacher("may_not_fail", engine="transformers")
+    strict = workspace.run("strict", mortal_endpoint, num_steps=10_000)
+    changes = {"trainer.save_freq": -1, f"{TEACHER}.on_failure": "fail", f"{TEACHER}.timeout_s": MAX_WAIT_S}
+    fails = workspace.start("strict_trainer", strict.command({**RESUMABLE, **changes}), strict.environment())
+    full = _start_on_a_small_disk(workspace, endpoint)
+
+    _until(workspace, fails, lambda: len(strict.steps()) >= 1)
+    _kill(mortal)
+    killed_s = time.monotonic()
+    assert workspace.wait(fails, timeout_s=120) == [1], fails.last_words()
+    assert time.monotonic() - killed_s < MAX_WAIT_S + 60
+    last = len(strict.steps())
+    assert "could not be scored by the teacher (actor_rollout_ref.teacher.on_failure=fail)" in _log(fails)
+    assert (strict.folder / "checkpoints" / f"global_step_{last}" / "data.pt").is_file()
+
+    if full is None:
+        pytest.skip("what could be tested passed; no file system of its own may be mounted here, to fill it up")
+    assert workspace.wait(full) == [1], full.last_words()
+    message = _log(full).rpartition("error: ")[2]
+    assert re.search(r"the checkpoint of step 2 can't be written to .*/disk/checkpoints: ", message), message
+    assert "that of step 1 is whole" in message
+
+
+def _start_on_a_small_disk(workspace: Workspace, endpoint: str) -> ManagedProcess | None:
+    """A run whose checkpoints go to a file system with room for one; None where none may be mounted."""
     run = workspace.run("full_disk", endpoint, num_steps=4)
     disk = workspace.folder / "disk"
     disk.mkdir()
+    own = ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", f"{disk}"]
+    if subprocess.run([*own, *mount], check=False, capture_output=True).returncode != 0:
+        return None
     command = run.command({**RESUMABLE, "trainer.save_freq": 1, "trainer.default_local_dir": disk / "checkpoints"})
-    mounted = f"mount -t tmpfs -o size={DISK_BYTES} tmpfs {disk} && exec {shlex.join(command)}"
-    trial = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", f"{disk}"],
-        check=False,
-        capture_output=True,
-    )
-    if trial.returncode != 0:
-        pytest.skip(f"no file system of its own may be mounted here: {trial.stderr.decode().strip()}")
-    trainer = workspace.start(
-        "full_disk_trainer",
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted],
-        run.environment(),
-    )
-    assert workspace.wait(trainer) == [1], trainer.last_words()
-    message = _log(trainer).rpartition("error: ")[2]
-    assert re.search(r"the checkpoint of step 2 can't be written to .*/disk/checkpoints: ", message), message
-    assert "that of step 1 is whole" in message
-    assert workspace.supervisor.stop(teacher) == 0
+    script = f"{shlex.join(mount)} && exec {shlex.join(command)}"
+    return workspace.start("full_disk_trainer", [*own, "sh", "-c", script], run.environment())

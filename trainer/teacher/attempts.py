@@ -157,7 +157,8 @@ class Attempts:
         )
 
     def _is_last(self, call: Call, state: RetryCallState) -> bool:
-        return state.attempt_number >= self._retry.max_attempts or state.upcoming_sleep >= call.left_s
+        limit = self._retry.max_attempts
+        return (limit is not None and state.attempt_number >= limit) or state.upcoming_sleep >= call.left_s
 
     async def _pause(self, delay_s: float) -> None:
         """Wait before a retry, and for its share of the budget."""

@@ -40,8 +40,8 @@ _CLASS_BY_CODE: dict[str, type[TeacherError]] = {
 class RetryPolicy:
     """Exponential backoff with jitter."""
 
-    max_attempts: int = 8
-    """Calls made for one answer, the first included, >= 1."""
+    max_attempts: int | None = None
+    """Calls made for one answer, the first included, >= 1; None: as many as the call's time allows."""
     initial_delay_s: float = 0.1
     """Longest wait before the second attempt, > 0."""
     max_delay_s: float = 5.0
@@ -52,7 +52,7 @@ class RetryPolicy:
     """Share of each wait that is drawn at random, in [0, 1], so that clients don't come back together."""
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
+        if self.max_attempts is not None and self.max_attempts < 1:
             raise ConfigError(f"max_attempts is {self.max_attempts}, must be >= 1; 1 means no retry")
         if not (0 < self.initial_delay_s <= self.max_delay_s < math.inf):
             raise ConfigError(

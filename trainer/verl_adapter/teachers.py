@@ -9,11 +9,8 @@ from dataclasses import dataclass, field
 
 from trainer.config import GKDConfig
 from trainer.errors import TeacherError, TeacherUnavailableError
-from trainer.teacher import RetryPolicy, ScoringPlan, TeacherClient
+from trainer.teacher import ScoringPlan, TeacherClient
 from trainer.types import TeacherScores
-
-# the time bounds a call, not a number of attempts: a teacher may take minutes to come back
-_RETRY = RetryPolicy(max_attempts=1_000_000)
 
 
 @dataclass
@@ -104,7 +101,6 @@ class Teachers:
             wait_ready_s=settings.give_up_s,
             max_inflight=settings.max_inflight,
             hedge_percentile=settings.hedge_percentile,
-            retry=_RETRY,
             plan=self._plan,
             expected_digest=teacher.digest,
         )
