@@ -46,10 +46,10 @@ SIZE = ModelSize(hidden_size=128, num_heads=4, intermediate_size=256)
 LONGEST_RESPONSE = 384
 PROMPT_TOKENS = 24
 BATCH_SIZE = 16
-EPOCHS = 3
+EPOCHS = 4
 """Times that each response is learned from: on a CPU this makes an update about as long as generating a batch."""
-WARM_UP_STEPS = 3
-WARM_UP_BATCHES = 2
+WARM_UP_STEPS = 4
+WARM_UP_BATCHES = 3
 """verl's `num_warmup_batches`: batches that are generated ahead of the one that a step takes."""
 TIMEOUT_S = 900.0
 READY_TIMEOUT_S = 120.0
