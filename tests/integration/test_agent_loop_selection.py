@@ -215,6 +215,16 @@ async def test_a_teacher_error_stays_with_its_response_and_tells_the_trainer(mon
     assert _scored(outputs) == []
 
 
+async def test_under_degrade_the_trainer_is_told_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can't hold a step to min_coverage otherwise."""
+    bench = Bench(monkeypatch, "all", on_failure="degrade")
+    bench.teacher.error = TeacherFailedError("broken", endpoint="e", reason="R")
+    tasks = bench.start()
+    bench.reward(0, 0, 0, 0)
+    assert _scored(await _all(tasks)) == []
+    assert bench.tags == {f"u_{i}_0": {"gkd_teacher_lost": "broken"} for i in range(N)}
+
+
 async def test_the_column_chooses_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's data source has its own teacher, the rest has another; siblings share an affinity."""
     bench = Bench(monkeypatch, "all", only=True, routes={"math": "m:1", "*": "r:1"})

@@ -31,7 +31,7 @@ GENERATED_AT, TEACHER_CALL, TEACHER_ERROR = "gkd_generated_at_s", "gkd_teacher_c
 """Keys of a response's `extra_fields`: when it was complete; what its teacher call cost, or why it failed, as
 `{"teacher": NAME, "message": TEXT}`. A response that was not selected has neither of the last two."""
 LOST_TAG = "gkd_teacher_lost"
-"""Tag of a response without which the run can't go on: why the teacher did not score it."""
+"""Tag of a response that the teacher was asked about in vain: why it did not score it."""
 
 # verl hands the worker an actor class; the plain class behind it can be subclassed
 _PlainWorker: type[Any] = AgentLoopWorkerTQ.__ray_metadata__.modified_class
@@ -105,9 +105,7 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
         await self._report_loss(response, f"{kwargs['uid']}_{kwargs['session_id']}")
 
     async def _report_loss(self, response: _Response, key: str) -> None:
-        """Tell the trainer at once that a response it needs has no scores: it need not wait for the rest."""
-        if self._gkd.teacher.on_failure == "degrade":
-            return
+        """Tell the trainer at once that a response has no scores: it decides before it takes the batch."""
         for number, output in enumerate(response.outputs):
             if (error := output.extra_fields.get(TEACHER_ERROR)) is not None:
                 # verl's key of this part of the conversation

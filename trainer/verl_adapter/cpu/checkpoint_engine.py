@@ -17,12 +17,13 @@ import torch
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 from verl.checkpoint_engine.base import ensure_async_iterator
 
-BACKEND = "gkd_file"
+from trainer.verl_adapter.cpu.environment import FILE_TRANSPORT
+
 POLL_S = 0.02
 RECEIVE_TIMEOUT_S = 600.0
 
 
-@CheckpointEngineRegistry.register(BACKEND)
+@CheckpointEngineRegistry.register(FILE_TRANSPORT)
 class FileCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # verl carries no types
     """Rank 0 of the actor writes the file, every rollout worker of the machine maps it."""
 

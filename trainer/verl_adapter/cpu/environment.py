@@ -76,12 +76,14 @@ BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """What /proc/cpuinfo says of such instructions, on x86 and Arm."""
 CPUINFO = Path("/proc/cpuinfo")
 
+FILE_TRANSPORT = "gkd_file"
+"""Name of the weight transport in `checkpoint_engine.py`."""
 SEPARATE_ASYNC_DEFAULTS: dict[str, object] = {
     # a rollout engine of its own, and none beside the actor
     "actor_rollout_ref.hybrid_engine": False,
     "actor_rollout_ref.rollout.nnodes": 1,
     "actor_rollout_ref.rollout.n_gpus_per_node": 1,
-    "actor_rollout_ref.rollout.checkpoint_engine.backend": "gkd_file",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend": FILE_TRANSPORT,
     "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module": "trainer.verl_adapter.cpu.checkpoint_engine",
 }
 """Likewise, with `trainer.v1.trainer_mode=separate_async`."""
