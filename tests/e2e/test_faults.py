@@ -215,6 +215,8 @@ async def test_a_teacher_that_answers_nan_is_left_alone_until_it_is_well(logs: L
         await calls.more(8, endpoint=ill.endpoint)
     assert set(reasons(logs, EJECTED, ill.endpoint)) == {"INVALID_ANSWER"}
     assert reasons(logs, EJECTED, well.endpoint) == []
+    # while it is ejected it is sent the canary: no call is spent on finding out that it is still ill
+    assert len(reasons(logs, RETRY, ill.endpoint)) < 2 * NUM_INFLIGHT
 
 
 async def test_another_model_after_a_restart_is_refused(service: ServiceProcess, logs: Logs) -> None:

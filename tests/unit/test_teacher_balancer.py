@@ -90,6 +90,19 @@ def test_an_attempt_that_is_still_unanswered_only_raises_the_estimate() -> None:
     assert load.pace.at(0.0) == 1e-2
 
 
+def test_a_replica_that_missed_a_deadline_is_asked_again_after_seconds() -> None:
+    """Its estimate would take a minute to decay; one that all share, while nobody calls, is no reason to forget."""
+    replicas = loads("a:1", "b:1")
+    balancer = Balancer()
+    replicas["a:1"].unanswered(30.0, WORK, 0.0)
+    for second in range(1, 5):
+        replicas["b:1"].pace.observe(1e-4, float(second))
+        assert balancer.pick(replicas, work=WORK, affinity=None, now_s=second) == "b:1"
+    assert balancer.pick(replicas, work=WORK, affinity=None, now_s=60.0) == "b:1"
+    replicas["b:1"].pace.observe(1e-4, 60.0)
+    assert balancer.pick(replicas, work=WORK, affinity=None, now_s=60.0) == "a:1"
+
+
 def test_siblings_stay_together() -> None:
     """Calls of one affinity go to one replica, those of many spread over all."""
     replicas = loads("a:1", "b:1", "c:1", "d:1")
@@ -150,13 +163,24 @@ class Simulation:
             now_s, _, finish = heapq.heappop(ready)
             if finish is not None:
                 finish(now_s)
-            admitting = {name: self.loads[name] for name in self.loads if self.breakers[name].admits(now_s)}
+            self._probe(now_s)
+            admitting = {name: self.loads[name] for name in self.loads if self.breakers[name].is_closed}
             name = self.balancer.pick(admitting, work=WORK, affinity=None, now_s=now_s)
             if name is None:
                 heapq.heappush(ready, (now_s + 0.05, next(order), None))
                 continue
             ends_s, finish = self._attempt(name, now_s)
             heapq.heappush(ready, (ends_s, next(order), finish))
+
+    def _probe(self, now_s: float) -> None:
+        for name, breaker in self.breakers.items():
+            if breaker.probe_at_s is None or now_s < breaker.probe_at_s:
+                continue
+            if self.fails(name, now_s):
+                breaker.failed(breaker.begin(), now_s)
+            else:
+                breaker.succeeded(breaker.begin())
+                self.loads[name].forget()
 
     def _attempt(self, name: str, now_s: float) -> tuple[float, Callable[[float], None]]:
         self.attempts[name] += 1

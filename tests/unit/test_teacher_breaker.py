@@ -16,30 +16,16 @@ def test_a_few_failures_in_a_row_eject() -> None:
     breaker.succeeded(breaker.begin())
     assert fail(breaker, 0.0, 5) == [False] * 4 + [True]
     assert not breaker.is_closed
-    assert not breaker.admits(0.9)
-    assert breaker.opens_at_s() == 1.0
+    assert breaker.probe_at_s == 1.0
 
 
-def test_when_the_time_is_up_one_probe_is_made_at_a_time() -> None:
-    """The second attempt waits for the outcome of the first; a good one closes the breaker."""
+def test_a_probe_that_succeeds_closes_it() -> None:
+    """No time closes it, only an outcome."""
     breaker = Breaker()
     fail(breaker, 0.0, 5)
-    assert breaker.admits(1.0)
-    probe = breaker.begin()
-    assert not breaker.admits(1.0)
-    assert breaker.opens_at_s() is None
-    breaker.succeeded(probe)
+    breaker.succeeded(breaker.begin())
     assert breaker.is_closed
-    assert breaker.admits(1.0)
-
-
-def test_a_probe_that_says_nothing_makes_room_for_another() -> None:
-    """Cancelled, or refused as overloaded."""
-    breaker = Breaker()
-    fail(breaker, 0.0, 5)
-    breaker.abandoned(breaker.begin())
-    assert breaker.admits(1.0)
-    assert not breaker.is_closed
+    assert breaker.probe_at_s is None
 
 
 def test_the_time_doubles_up_to_a_bound() -> None:
@@ -47,7 +33,7 @@ def test_the_time_doubles_up_to_a_bound() -> None:
     breaker, now_s, times_s = Breaker(), 0.0, []
     fail(breaker, now_s, 5)
     for _ in range(8):
-        opens_at_s = breaker.opens_at_s()
+        opens_at_s = breaker.probe_at_s
         assert opens_at_s is not None
         times_s.append(opens_at_s - now_s)
         now_s = opens_at_s
@@ -62,10 +48,10 @@ def test_a_replica_that_relapses_is_ejected_for_longer_and_one_that_served_is_fo
     fail(breaker, 1.0)
     breaker.succeeded(breaker.begin())  # at 3.0, after an ejection of 2 s
     fail(breaker, 3.5, 5)
-    assert breaker.opens_at_s() == 3.5 + 4
+    assert breaker.probe_at_s == 3.5 + 4
     breaker.succeeded(breaker.begin())
     fail(breaker, 100.0, 5)
-    assert breaker.opens_at_s() == 100.0 + 1
+    assert breaker.probe_at_s == 100.0 + 1
 
 
 def test_outcomes_of_attempts_from_before_do_not_count() -> None:
@@ -75,4 +61,4 @@ def test_outcomes_of_attempts_from_before_do_not_count() -> None:
     assert [breaker.failed(permit, 0.0) for permit in permits[:-1]].count(True) == 1
     breaker.succeeded(permits[-1])
     assert not breaker.is_closed
-    assert breaker.opens_at_s() == 1.0
+    assert breaker.probe_at_s == 1.0

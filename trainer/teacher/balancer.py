@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 _OVERHEAD_TOKENS = 64
 """What a request costs beside its tokens, in tokens, so that a short one does not make its replica look slow."""
 _DECAY_S = 10.0
-"""Time in which an estimate that nothing confirms falls to 1/e: so long a replica that was slow once is passed over."""
+"""Time in which an estimate that nothing confirms falls to 1/e."""
+_STALE_S = 5.0
+"""What is known of an idle replica is forgotten once it is so much older than what is known of another: one that was
+slow once, or missed a deadline, is not passed over for long."""
 _FAIR_FACTOR = 1.25
 """Expected waits within this factor of the best are equal: noise shall not draw all traffic to one replica."""
 _STICKY_FACTOR = 1.5
@@ -84,6 +87,10 @@ class Load:
         self.pace.observe(elapsed_s / outstanding, now_s)
         self.latency.observe(elapsed_s, now_s)
 
+    def forget(self) -> None:
+        """What was learnt is of no use any more: the replica was ill, and is well."""
+        self.pace, self.latency, self.busy_until_s = PeakEwma(), PeakEwma(), -math.inf
+
     def unanswered(self, elapsed_s: float, outstanding: int, now_s: float) -> None:
         """Learn from an attempt that had no answer after `elapsed_s`: it would have taken at least that long."""
         if elapsed_s / outstanding > self.pace.at(now_s):
@@ -107,6 +114,7 @@ class Balancer:
         """
         if not loads:
             return None
+        _forget_what_is_stale(loads)
         waits = _expected_waits(loads, work, now_s)
         best_s = min(waits.values())
         picked = min((name for name in loads if waits[name] <= _FAIR_FACTOR * best_s), key=lambda n: loads[n].picked)
@@ -119,6 +127,13 @@ class Balancer:
         self._num_picked += 1
         loads[picked].picked = self._num_picked
         return picked
+
+
+def _forget_what_is_stale(loads: Mapping[str, Load]) -> None:
+    newest_s = max(load.pace.updated_s for load in loads.values())
+    for load in loads.values():
+        if not load.num_inflight and newest_s - load.pace.updated_s > _STALE_S:
+            load.pace = PeakEwma()
 
 
 def _expected_waits(loads: Mapping[str, Load], work: int, now_s: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""When a replica that fails is left alone, and when it is tried again. Pure: the caller brings the time."""
+"""When a replica that fails is left alone, and when it is probed. Pure: the caller brings the time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Permit:
 
 
 class Breaker:
-    """One replica's circuit breaker: closed, open for a time that doubles, then half open for one probe at a time."""
+    """One replica's circuit breaker: closed, or open for a time that doubles with every probe that fails."""
 
     def __init__(self) -> None:
         self._era = 0
@@ -27,24 +27,19 @@ class Breaker:
         self._ejection_s = 0.0
         self._open_until_s = -math.inf
         self._is_closed = True
-        self._is_probing = False
 
     @property
     def is_closed(self) -> bool:
         """Whether the replica is in normal use."""
         return self._is_closed
 
-    def admits(self, now_s: float) -> bool:
-        """Whether an attempt may be made: always when closed, and for one probe when the time is up."""
-        return self._is_closed or (now_s >= self._open_until_s and not self._is_probing)
-
-    def opens_at_s(self) -> float | None:
-        """When the next probe may be made; None where nothing but an outcome can change that."""
-        return None if self._is_closed or self._is_probing else self._open_until_s
+    @property
+    def probe_at_s(self) -> float | None:
+        """When the next probe may be made; None while closed."""
+        return None if self._is_closed else self._open_until_s
 
     def begin(self) -> Permit:
-        """Begin an attempt that `admits` allowed."""
-        self._is_probing = not self._is_closed
+        """Begin an attempt, or the one probe when its time has come."""
         return Permit(self._era)
 
     def succeeded(self, permit: Permit) -> None:
@@ -53,7 +48,7 @@ class Breaker:
             return
         self._num_failures = 0
         if not self._is_closed:
-            self._is_closed, self._is_probing = True, False
+            self._is_closed = True
             self._era += 1
 
     def failed(self, permit: Permit, now_s: float) -> bool:
@@ -68,12 +63,7 @@ class Breaker:
         longer_s = _FIRST_EJECTION_S if forgiven else 2 * self._ejection_s
         self._ejection_s = min(max(longer_s, _FIRST_EJECTION_S), _LONGEST_EJECTION_S)
         self._open_until_s = now_s + self._ejection_s
-        self._is_closed = self._is_probing = False
+        self._is_closed = False
         self._num_failures = 0
         self._era += 1
         return True
-
-    def abandoned(self, permit: Permit) -> None:
-        """The attempt says nothing about the replica: cancelled, or refused as overloaded."""
-        if permit.era == self._era:
-            self._is_probing = False

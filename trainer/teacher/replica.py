@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import monotonic
 
@@ -40,7 +40,7 @@ class ReplicaState(enum.StrEnum):
     SERVING = "serving"
     """Checked, and asked."""
     EJECTED = "ejected"
-    """Checked, but it failed too often: left alone for a while, then asked once at a time."""
+    """Checked, but it failed too often: asked again once it answers the canary."""
     QUARANTINED = "quarantined"
     """Another teacher than was checked, or one that answers the canary otherwise; checked again from time to time."""
     DRAINING = "draining"
@@ -97,6 +97,8 @@ class Replica:
         """Set while no attempt is under way."""
         self.suspected = asyncio.Event()
         """Set by an attempt that failed as if nobody were there: the supervision looks at once."""
+        self.ejected = asyncio.Event()
+        """Set while it is ejected: the supervision probes it."""
         self.impostor: TeacherMismatchError | None = None
         """An answer that came from another teacher, for the supervision."""
         self.last_error: TeacherError | None = None
@@ -132,21 +134,18 @@ class Replica:
 
     def admits(self, now_s: float) -> bool:
         """Whether an attempt may be made now."""
-        return self.is_admitted and now_s >= self.load.busy_until_s and self.breaker.admits(now_s)
+        return self.is_admitted and now_s >= self.load.busy_until_s and self.breaker.is_closed
 
     def opens_at_s(self) -> float | None:
         """When it will admit an attempt again; None where that is not a matter of time."""
-        if not self.is_admitted:
-            return None
-        if self.breaker.is_closed:
-            return self.load.busy_until_s
-        opens_at_s = self.breaker.opens_at_s()
-        return None if opens_at_s is None else max(opens_at_s, self.load.busy_until_s)
+        return self.load.busy_until_s if self.is_admitted and self.breaker.is_closed else None
 
     def admit(self, endpoint: Endpoint) -> None:
         """It is checked: callers may ask over this channel from now on."""
         if self._state is ReplicaState.DRAINING:
             return
+        if not self.breaker.is_closed:
+            self._recover(self.breaker.begin())
         self._endpoint = endpoint
         self._state = ReplicaState.SERVING
         self.suspected.clear()
@@ -175,6 +174,36 @@ class Replica:
             if not scope.expired():
                 scope.reschedule(asyncio.get_running_loop().time())
 
+    async def probe(self, check: Callable[[], Awaitable[None]]) -> None:
+        """Check an ejected replica when its time is up; if it is well, callers may ask again.
+
+        Raises:
+            TeacherMismatchError: it has become another teacher.
+        """
+        probe_at_s = self.breaker.probe_at_s
+        if probe_at_s is None:
+            raise AssertionError(f"the replica {self.name} was probed while in use")
+        await asyncio.sleep(max(probe_at_s - monotonic(), 0.0))
+        permit = self.breaker.begin()
+        try:
+            await check()
+        except TeacherMismatchError:
+            raise
+        except TeacherOverloadedError as error:  # busy, which is no illness: asked again after its delay
+            await asyncio.sleep(error.retry_delay_s or 1.0)
+        except TeacherError as error:
+            self.last_error = error
+            self.breaker.failed(permit, monotonic())
+        else:
+            self._recover(permit)
+            _log.info("teacher replica is well again", endpoint=self.name)
+            self._on_change()
+
+    def _recover(self, permit: Permit) -> None:
+        self.breaker.succeeded(permit)
+        self.load.forget()
+        self.ejected.clear()
+
     async def ask(self, asked: CheckedRequest, *, timeout_s: float) -> Answer:
         """Make one attempt, of which `admits` said that it may be made, and learn from its outcome.
 
@@ -189,7 +218,6 @@ class Replica:
         try:
             answer = await self._answer(endpoint, asked, timeout_s)
         except asyncio.CancelledError:
-            self.breaker.abandoned(permit)
             self.load.unanswered(monotonic() - started_s, outstanding, monotonic())
             raise
         except TeacherError as error:
@@ -226,22 +254,21 @@ class Replica:
         match error:
             case TeacherOverloadedError():
                 # It does what it can: it is left alone for as long as it asks, not ejected.
-                self.breaker.abandoned(permit)
                 self.load.busy_until_s = max(self.load.busy_until_s, now_s + (error.retry_delay_s or 0.0))
             case TeacherRefusedError():
                 self.breaker.succeeded(permit)
             case TeacherMismatchError():
-                self.breaker.abandoned(permit)
                 self.impostor = error
                 self.withdraw(error, ReplicaState.QUARANTINED)
                 self.suspected.set()
             case TeacherDeadlineError() if was_cut_short:
-                self.breaker.abandoned(permit)
+                pass
             case TeacherUnavailableError() if error.reason == WENT_DOWN:  # the supervision knows why
-                self.breaker.abandoned(permit)
+                pass
             case _:
                 if self.is_admitted:
                     self.last_error = error
                 self.suspected.set()
                 if self.breaker.failed(permit, now_s):
+                    self.ejected.set()
                     _log.warning("teacher replica ejected", endpoint=self.name, reason=error.reason, error=str(error))

@@ -129,7 +129,12 @@ class Supervisor:
         self._reported = None
         _log.info("teacher replica serves", endpoint=self._name)
         try:
-            await _first_failure(self._stay_alive(endpoint), self._follow_health(endpoint), self._check_again(endpoint))
+            await _first_failure(
+                self._stay_alive(endpoint),
+                self._follow_health(endpoint),
+                self._check_again(endpoint),
+                self._probe_when_ejected(endpoint),
+            )
         except TeacherError as error:
             is_other = isinstance(error, TeacherMismatchError)
             self._replica.withdraw(error, ReplicaState.QUARANTINED if is_other else ReplicaState.CONNECTING)
@@ -208,6 +213,12 @@ class Supervisor:
                 await self._check_canary(endpoint)
             except (TeacherDeadlineError, TeacherOverloadedError, TeacherUnavailableError):
                 self._replica.suspected.set()  # busy or gone, which the health check tells apart
+
+    async def _probe_when_ejected(self, endpoint: Endpoint) -> None:
+        """Find out whether an ejected replica is well again with the canary, at no caller's cost."""
+        while True:
+            await self._replica.ejected.wait()
+            await self._replica.probe(lambda: self._check_canary(endpoint))
 
     async def _let_finish(self, endpoint: Endpoint) -> None:
         """Leave attempts to a teacher that drains while no other could take them, for as long as it lives."""
