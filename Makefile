@@ -36,8 +36,9 @@ types: $(INSTALLED) ## Check types
 test: lint types ## Check style and types, then run all tests but those marked e2e: faults without training too
 	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration tests/e2e/test_faults.py -m "not e2e"
 
+# Two at a time: a run starts one process after the other, on one core.
 test-e2e: $(INSTALLED) ## Run the end-to-end tests, those marked e2e: verl, Ray and vLLM together
-	$(BIN)/pytest tests/e2e -m e2e --ignore=tests/e2e/test_training_faults.py
+	$(BIN)/pytest tests/e2e -m e2e --ignore=tests/e2e/test_training_faults.py -n 2
 
 test-training-faults: $(INSTALLED) ## Break real training runs on purpose (a quarter of an hour; not yet part of the gate)
 	$(BIN)/pytest tests/e2e/test_training_faults.py

@@ -19,7 +19,7 @@ from examples.sort_digits.settings import teacher_command
 from examples.sort_digits.task import TaskConfig, make_splits, write_splits
 from tests.support.trainer import TrainerRun
 
-TRAINER_TIMEOUT_S = 600.0
+TRAINER_TIMEOUT_S = 900.0
 READY_TIMEOUT_S = 240.0
 NUM_STEPS = 4
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.e2e.conftest import NUM_STEPS, Workspace
 from tests.support.trainer import BATCH_SIZE
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 
 def test_distillation_on_the_real_stack(workspace: Workspace) -> None:

@@ -23,7 +23,7 @@ from tests.e2e.conftest import Workspace
 from tests.support.trainer import TrainerRun
 from trainer.verl_adapter.cpu.environment import CONFIG_DEFAULTS, ENVIRONMENT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 ROOT = Path(__file__).parents[2]
 BATCH_SIZE = 8
 ANSWER_TOKENS = 6
@@ -128,6 +128,7 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
     """Example 1 runs without a teacher; on replayed responses its scores and losses are those of plain verl."""
     nobody = "127.0.0.1:1"
     real = _start(workspace, "1_grpo", nobody, {**REWARD, f"{ROLLOUT}.calculate_log_probs": "true"}, num_steps=3)
+    [real_steps] = _finish(workspace, real)
 
     rows = pd.read_parquet(workspace.train_file)
     verl_shaped = workspace.folder / "verl.parquet"
@@ -144,7 +145,7 @@ def test_pure_grpo_changes_nothing_and_needs_no_teacher(workspace: Workspace) ->
     one_order = {f"{ACTOR}.ppo_mini_batch_size": BATCH_SIZE, f"{ACTOR}.fsdp_config.dtype": "float32", **SGD}
     replay = {**REWARD, **_agent_loops(workspace.folder), **one_order, "data.train_files": verl_shaped}
     ours = _start(workspace, "1_grpo", nobody, replay, name="grpo_replayed", num_steps=3)
-    [real_steps, our_steps] = _finish(workspace, real, ours)
+    [our_steps] = _finish(workspace, ours)
 
     plain_run = workspace.run("plain_verl", nobody, num_steps=3)
     ray_folder = workspace.supervisor.temp_dir / "ray"
