@@ -121,12 +121,12 @@ async def test_waiting_calls_are_reported_once_for_all_of_them() -> None:
                 def lines() -> list[dict[str, object]]:
                     return [dict(log) for log in logs if log["event"] == "calls wait for a teacher"]
 
-                await until(lambda: len(lines()) == 2)
+                await until(lambda: len(lines()) >= 2)
                 await stub.start()
                 await asyncio.gather(*calls)
-    first, second = lines()
+    first, second, *_ = lines()  # a slow machine may write a third before the teacher is back
     assert first["num_waiting"] == second["num_waiting"] == 20
-    assert 0.4 < float(str(first["waited_s"])) < float(str(second["waited_s"]))
+    assert 0.4 < float(str(first["waited_s"])) <= float(str(second["waited_s"])) - 0.4
     assert 50 < float(str(first["first_gives_up_in_s"])) < 60
     assert f"{stub.endpoint} is connecting (no teacher answers at {stub.endpoint}" in str(first["replicas"])
 
