@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 # Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
-.PHONY: help setup format lint types test test-e2e test-training-faults demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
+.PHONY: help setup format lint types test test-e2e test-training-faults test-docker demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
 test: lint types ## Check style and types, then run all tests but those marked e2e: faults without training too
-	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration tests/e2e/test_faults.py -m "not e2e"
+	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/deploy tests/integration tests/e2e/test_faults.py -m "not e2e"
 
 # Two at a time: a run starts one process after the other, on one core.
 test-e2e: $(INSTALLED) ## Run the end-to-end tests, those marked e2e: verl, Ray and vLLM together
@@ -42,6 +42,10 @@ test-e2e: $(INSTALLED) ## Run the end-to-end tests, those marked e2e: verl, Ray 
 
 test-training-faults: $(INSTALLED) ## Break real training runs on purpose (a quarter of an hour; not yet part of the gate)
 	$(BIN)/pytest tests/e2e/test_training_faults.py
+
+# -s: sizes and times are printed as they come.
+test-docker: $(INSTALLED) ## Build the images and run compose.yaml for real (REQUIRE_DOCKER=1: a skip is a failure)
+	$(BIN)/pytest tests/docker -m docker -s
 
 demo: $(INSTALLED) ## Distill a small student from a small teacher, on this machine
 	$(BIN)/python -m examples.sort_digits.demo
