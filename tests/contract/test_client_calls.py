@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from protos.teacher.v1 import teacher_pb2 as pb
-from tests.support.teacher_stub import Context, TeacherStub, hangs, running_stub, uniform_answer
+from tests.support.teacher_stub import Context, TeacherStub, hangs, running_stub, stub_manifest, uniform_answer
 from tests.support.waiting import until
 from trainer.errors import TeacherAnswerError, TeacherClosedError, TeacherUnavailableError
 from trainer.teacher import RetryPolicy, TeacherClient
@@ -59,6 +59,12 @@ async def test_a_joined_call_has_its_own_time() -> None:
         assert isinstance(results[1], TeacherScores)
 
 
+async def slow_answer(request: pb.ScoreRequest, _context: Context) -> pb.ScoreResponse:
+    """So slow that a busy machine makes no replica look slower than the others."""
+    await asyncio.sleep(0.1)
+    return uniform_answer(request, stub_manifest())
+
+
 async def test_siblings_share_a_replica() -> None:
     """Calls of one affinity go to one replica one after the other, and all of them over many affinities to all."""
     async with (
@@ -67,14 +73,14 @@ async def test_siblings_share_a_replica() -> None:
         running_stub() as third,
         TeacherClient(endpoints=[one.endpoint for one in (first, second, third)]) as teacher,
     ):
-        homes = [
-            {(await score(teacher, 40 * prompt + i, affinity=str(prompt))).endpoint for i in range(4)}
-            for prompt in range(12)
-        ]
-    # on a loaded machine a replica may look slow for a while, and is left; taking turns would part every group
-    together = [home for home in homes if len(home) == 1]
-    assert len(together) >= 8
-    assert len(set().union(*together)) > 1
+        for stub in (first, second, third):
+            stub.script.extend([slow_answer] * 48)
+        homes = {}
+        for prompt in range(12):
+            found = {(await score(teacher, 40 * prompt + i, affinity=str(prompt))).endpoint for i in range(4)}
+            assert len(found) == 1
+            homes[prompt] = found.pop()
+        assert len(set(homes.values())) > 1
 
 
 async def test_a_slow_attempt_is_made_a_second_time_elsewhere() -> None:
