@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer.config.hydra_store import register_verl_config
 from trainer.errors import GKDError
+from trainer.verl_adapter.cpu.warm_workers import warm_workers
 from trainer.verl_adapter.prepare import keys_of, prepare
 
 INTERRUPTED = 130
@@ -63,10 +64,11 @@ def _dotted_keys(section: object, prefix: str = "") -> set[str]:
 def _compose_and_run(config: DictConfig) -> None:
     user_keys = keys_of(HydraConfig.get().overrides.task)
     try:
-        run = prepare(config, user_keys)
-        from trainer.verl_adapter.launch import launch  # imports verl, which reads the environment set above
+        with warm_workers(config, user_keys):
+            run = prepare(config, user_keys)
+            from trainer.verl_adapter.launch import launch  # imports verl, which reads the environment set above
 
-        launch(config, run, user_keys)
+            launch(config, run, user_keys)
     except GKDError as exc:
         # Ray wraps an error of a worker in one whose text is the whole remote traceback
         sys.exit(f"error: {getattr(exc, 'cause', exc)}")

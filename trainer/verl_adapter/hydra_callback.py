@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.errors import GKDError
 from trainer.verl_adapter.cpu.environment import set_environment
+from trainer.verl_adapter.cpu.warm_workers import warm_workers
 from trainer.verl_adapter.prepare import keys_of, prepare
 
 VERL_MAIN = "verl.trainer.main_ppo"
@@ -38,14 +39,15 @@ class GKDCallback(Callback):  # type: ignore[misc]  # Hydra carries no types
         from trainer.verl_adapter.launch import hand_over, own_ray_folder
 
         user_keys = keys_of(config.hydra.overrides.task)
+        running = contextlib.ExitStack()
+        atexit.register(running.close)
         try:
             with open_dict(config):
+                running.enter_context(warm_workers(config, user_keys))
                 hand_over(config, prepare(config, user_keys))
                 key = f"ray_kwargs.ray_init.runtime_env.env_vars.{_MODULES}"
                 others = OmegaConf.select(config, key) or os.environ.get(_MODULES)
                 OmegaConf.update(config, key, f"{others},{REGISTRATION}" if others else REGISTRATION, force_add=True)
         except GKDError as exc:
             sys.exit(f"error: {exc}")
-        folder = contextlib.ExitStack()
-        folder.enter_context(own_ray_folder(config, user_keys))
-        atexit.register(folder.close)
+        running.enter_context(own_ray_folder(config, user_keys))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
@@ -20,14 +19,12 @@ from verl.utils.device import auto_set_device
 
 from trainer.config import Mode
 from trainer.config.gkd import ActorConfig
+from trainer.verl_adapter.cpu.environment import private_folder
 from trainer.verl_adapter.preflight import CheckedRun
 from trainer.verl_adapter.stop_flag import FLAG_KEY, StopOnSigterm
 from trainer.verl_adapter.task_runner import GKDTaskRunner
 
 AGENT_LOOP_MANAGER = "trainer.verl_adapter.agent_loop.GKDAgentLoopManager"
-MAX_RAY_ROOT_BYTES = 26
-"""Longest folder for temporary files that Ray's can lie in. A socket's path may have 107 bytes: the run's own folder
-takes 17 of them, and what Ray puts there 64."""
 REWARD_MODULE, REWARD_FUNCTION = "pkg://trainer.verl_adapter.reward", "compute_score"
 DATASET_MODULE, DATASET_CLASS = "pkg://trainer.verl_adapter.dataset", "GKDDataset"
 
@@ -106,10 +103,7 @@ def own_ray_folder(config: DictConfig, user_keys: Set[str]) -> Iterator[None]:
     if config.trainer.device != "cpu" or "ray_kwargs.ray_init.address" in user_keys:
         yield
         return
-    root = tempfile.gettempdir()
-    if len(os.fsencode(root)) > MAX_RAY_ROOT_BYTES:
-        root = "/tmp"  # noqa: S108  # mkdtemp below it
-    folder = tempfile.mkdtemp(prefix="gkd-ray-", dir=root)
+    folder = private_folder("gkd-ray-")
     settings: dict[str, Any] = {"address": "local", "_temp_dir": folder}
     outer_folder = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = folder  # vLLM leaves its sockets behind, Ray a file: there they go with the folder

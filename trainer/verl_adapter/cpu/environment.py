@@ -6,6 +6,7 @@ Imports none of them: it has to run before they are imported.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -76,6 +77,10 @@ BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """What /proc/cpuinfo says of such instructions, on x86 and Arm."""
 CPUINFO = Path("/proc/cpuinfo")
 
+MAX_RAY_ROOT_BYTES = 26
+"""Longest folder for temporary files that Ray's can lie in. A socket's path may have 107 bytes: the run's own folder
+takes 17 of them, and what Ray puts there 64."""
+
 FILE_TRANSPORT = "gkd_file"
 """Name of the weight transport in `checkpoint_engine.py`."""
 SEPARATE_ASYNC_DEFAULTS: dict[str, object] = {
@@ -93,6 +98,14 @@ def set_environment() -> None:
     """Set what the driver and its children need, leaving what the user already set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def private_folder(prefix: str) -> str:
+    """A new temporary folder of this user's alone, whose path is short enough for sockets below it."""
+    root = tempfile.gettempdir()
+    if len(os.fsencode(root)) > MAX_RAY_ROOT_BYTES:
+        root = "/tmp"  # noqa: S108  # mkdtemp below it
+    return tempfile.mkdtemp(prefix=prefix, dir=root)
 
 
 def has_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
