@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 # Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
-.PHONY: help setup format lint types test test-e2e test-training-faults demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
+.PHONY: help setup format lint types test test-e2e demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,10 +38,7 @@ test: lint types ## Check style and types, then run all tests but those marked e
 
 # Two at a time: a run starts one process after the other, on one core.
 test-e2e: $(INSTALLED) ## Run the end-to-end tests, those marked e2e: verl, Ray and vLLM together
-	$(BIN)/pytest tests/e2e -m e2e --ignore=tests/e2e/test_training_faults.py -n 2
-
-test-training-faults: $(INSTALLED) ## Break real training runs on purpose (a quarter of an hour; not yet part of the gate)
-	$(BIN)/pytest tests/e2e/test_training_faults.py
+	$(BIN)/pytest tests/e2e -m e2e -n 2
 
 demo: $(INSTALLED) ## Distill a small student from a small teacher, on this machine
 	$(BIN)/python -m examples.sort_digits.demo

@@ -95,14 +95,15 @@ def _kill_with_children(process: ManagedProcess) -> None:
 def test_a_run_survives_its_teachers_death_a_sigterm_and_its_own_death(workspace: Workspace) -> None:
     """Its loss curve is that of a run that nobody disturbed, step by step.
 
-    The teacher is killed in mid-step and restarted; the trainer is told to stop, resumed, killed, and resumed.
+    The teacher is killed in mid-step and restarted; the trainer is told to stop, resumed, killed, and resumed. The run
+    beside it, with `on_failure=fail`, loses its teacher after the last step that counts: it ends within the time of one
+    attempt, with a checkpoint that it would not have written otherwise.
     """
     teacher, endpoint, _ = workspace.start_teacher("steady", engine="transformers")
-    calm = workspace.run("calm", endpoint, num_steps=NUM_STEPS)
+    calm = workspace.run("calm", endpoint, num_steps=10_000)
     replayed = _replayed(workspace.folder)
-    undisturbed = workspace.start(
-        "calm_trainer", calm.command({**replayed, "trainer.save_freq": -1}), calm.environment()
-    )
+    strict = {"trainer.save_freq": -1, f"{TEACHER}.on_failure": "fail", f"{TEACHER}.timeout_s": MAX_WAIT_S}
+    undisturbed = workspace.start("calm_trainer", calm.command({**replayed, **RESUMABLE, **strict}), calm.environment())
 
     mortal, mortal_endpoint, _ = workspace.start_teacher("mortal_teacher", engine="transformers")
     runs = [workspace.run(f"disturbed_{number}", mortal_endpoint, num_steps=NUM_STEPS) for number in (1, 2, 3)]
@@ -128,14 +129,17 @@ def test_a_run_survives_its_teachers_death_a_sigterm_and_its_own_death(workspace
     assert stopped_at < NUM_STEPS - 1, "it went on for too long"
     assert f"stopped as requested; the checkpoint of step {stopped_at} is in " in _log(first)
 
+    _until(workspace, undisturbed, lambda: len(calm.steps()) >= NUM_STEPS)
+    _kill(teacher)
+    _check_it_failed_at_once(workspace, undisturbed, calm)
+
     second = start(runs[1])
     _until(workspace, second, lambda: len(runs[1].steps()) >= 1)
     _kill_with_children(second)
     third = start(runs[2])
     assert workspace.wait(third) == [0], third.last_words()
-    assert workspace.wait(undisturbed) == [0], undisturbed.last_words()
 
-    expected = _losses(calm.steps())
+    expected = {step: loss for step, loss in _losses(calm.steps()).items() if step <= NUM_STEPS}
     assert sorted(expected) == list(range(1, NUM_STEPS + 1))
     found: dict[int, float] = {}
     for run in runs:
@@ -146,7 +150,16 @@ def test_a_run_survives_its_teachers_death_a_sigterm_and_its_own_death(workspace
         found |= losses
     assert sorted(found) == sorted(expected)
     assert min(_losses(runs[1].steps())) == stopped_at + 1, "the stop lost or repeated a step"
-    assert workspace.supervisor.stop(mortal) == workspace.supervisor.stop(teacher) == 0
+    assert workspace.supervisor.stop(mortal) == 0
+
+
+def _check_it_failed_at_once(workspace: Workspace, process: ManagedProcess, run: TrainerRun) -> None:
+    killed_s = time.monotonic()
+    assert workspace.wait(process, timeout_s=120) == [1], process.last_words()
+    assert time.monotonic() - killed_s < MAX_WAIT_S + 60
+    last = len(run.steps())
+    assert "could not be scored by the teacher (actor_rollout_ref.teacher.on_failure=fail)" in _log(process)
+    assert (run.folder / "checkpoints" / f"global_step_{last}" / "data.pt").is_file()
 
 
 def test_a_lost_teacher_is_masked_or_ends_the_run_within_its_bound(workspace: Workspace) -> None:
@@ -230,46 +243,26 @@ def test_a_lost_teacher_is_masked_or_ends_the_run_within_its_bound(workspace: Wo
     assert workspace.supervisor.stop(kept) == 0
 
 
-def test_a_full_disk_and_a_teacher_that_may_not_fail_end_their_runs(workspace: Workspace) -> None:
-    """Two runs in verl's sync mode.
-
-    The checkpoint of a step does not fit: the error says which, where, why, and what is left. And with
-    `on_failure=fail`, the run ends within the time of one attempt once its teacher is dead, with a checkpoint that it
-    would not have written otherwise.
-    """
-    _, endpoint, _ = workspace.start_teacher("for_full_disk", engine="transformers")
-    mortal, mortal_endpoint, _ = workspace.start_teacher("may_not_fail", engine="transformers")
-    strict = workspace.run("strict", mortal_endpoint, num_steps=10_000)
-    changes = {"trainer.save_freq": -1, f"{TEACHER}.on_failure": "fail", f"{TEACHER}.timeout_s": MAX_WAIT_S}
-    fails = workspace.start("strict_trainer", strict.command({**RESUMABLE, **changes}), strict.environment())
-    full = _start_on_a_small_disk(workspace, endpoint)
-
-    _until(workspace, fails, lambda: len(strict.steps()) >= 1)
-    _kill(mortal)
-    killed_s = time.monotonic()
-    assert workspace.wait(fails, timeout_s=120) == [1], fails.last_words()
-    assert time.monotonic() - killed_s < MAX_WAIT_S + 60
-    last = len(strict.steps())
-    assert "could not be scored by the teacher (actor_rollout_ref.teacher.on_failure=fail)" in _log(fails)
-    assert (strict.folder / "checkpoints" / f"global_step_{last}" / "data.pt").is_file()
-
-    if full is None:
-        pytest.skip("what could be tested passed; no file system of its own may be mounted here, to fill it up")
-    assert workspace.wait(full) == [1], full.last_words()
-    message = _log(full).rpartition("error: ")[2]
-    assert re.search(r"the checkpoint of step 2 can't be written to .*/disk/checkpoints: ", message), message
-    assert "that of step 1 is whole" in message
-
-
-def _start_on_a_small_disk(workspace: Workspace, endpoint: str) -> ManagedProcess | None:
-    """A run whose checkpoints go to a file system with room for one; None where none may be mounted."""
-    run = workspace.run("full_disk", endpoint, num_steps=4)
+def test_a_full_disk_ends_the_run(workspace: Workspace) -> None:
+    """The checkpoint of a step does not fit: the error says which, where, why, and what is left."""
+    run = workspace.run("full_disk", "127.0.0.1:1", num_steps=4)
     disk = workspace.folder / "disk"
     disk.mkdir()
     own = ["unshare", "--user", "--map-root-user", "--mount"]
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", f"{disk}"]
     if subprocess.run([*own, *mount], check=False, capture_output=True).returncode != 0:
-        return None
-    command = run.command({**RESUMABLE, "trainer.save_freq": 1, "trainer.default_local_dir": disk / "checkpoints"})
-    script = f"{shlex.join(mount)} && exec {shlex.join(command)}"
-    return workspace.start("full_disk_trainer", [*own, "sh", "-c", script], run.environment())
+        pytest.skip("no file system of its own may be mounted here, to fill it up")
+    changes = {
+        **REWARD,
+        **RESUMABLE,
+        f"{ACTOR}.use_teacher_kl_loss": "false",
+        f"{ACTOR}.gkd_only_mode": "false",
+        "trainer.save_freq": 1,
+        "trainer.default_local_dir": disk / "checkpoints",
+    }
+    script = f"{shlex.join(mount)} && exec {shlex.join(run.command(changes))}"
+    full = workspace.start("full_disk_trainer", [*own, "sh", "-c", script], run.environment())
+    assert workspace.wait(full) == [1], full.last_words()
+    message = _log(full).rpartition("error: ")[2]
+    assert re.search(r"the checkpoint of step 2 can't be written to .*/disk/checkpoints: ", message), message
+    assert "that of step 1 is whole" in message

@@ -266,3 +266,12 @@ def test_the_fast_route_fits_the_installed_vllm() -> None:
     expected = ["self", "hidden_states", "lm_head", "embedding_bias"]
     for processor in (LogitsProcessor, LogitsProcessorWithLoRA):
         assert [name for name, _ in _parameters(processor._get_logits)] == expected
+
+
+def test_a_late_start_of_ray_is_known_by_its_words() -> None:
+    """Ray raises a bare Exception, which only its text tells from others."""
+    from ray._private.node import Node
+
+    from trainer.verl_adapter.ray_start import NODE_TIMED_OUT
+
+    assert f'raise Exception(\n                        "{NODE_TIMED_OUT}. ' in inspect.getsource(Node.__init__)

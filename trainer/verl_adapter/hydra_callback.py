@@ -36,7 +36,8 @@ class GKDCallback(Callback):  # type: ignore[misc]  # Hydra carries no types
         if config.trainer.device == "cpu" and "VERL_PLATFORM" not in os.environ:
             set_environment()  # verl has read it when it was imported: the same command once more
             os.execv(sys.executable, sys.orig_argv)  # noqa: S606  # this very program
-        from trainer.verl_adapter.launch import hand_over, own_ray_folder
+        from trainer.verl_adapter.launch import hand_over
+        from trainer.verl_adapter.ray_start import own_ray_folder
 
         user_keys = keys_of(config.hydra.overrides.task)
         running = contextlib.ExitStack()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import uuid
-from collections.abc import Iterator, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Set
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +17,8 @@ from verl.utils.device import auto_set_device
 
 from trainer.config import Mode
 from trainer.config.gkd import ActorConfig
-from trainer.verl_adapter.cpu.environment import private_folder
 from trainer.verl_adapter.preflight import CheckedRun
+from trainer.verl_adapter.ray_start import own_ray_folder, start_ray_again
 from trainer.verl_adapter.stop_flag import FLAG_KEY, StopOnSigterm
 from trainer.verl_adapter.task_runner import GKDTaskRunner
 
@@ -48,7 +46,8 @@ def launch(config: DictConfig, run: CheckedRun, user_keys: Set[str]) -> None:
         OmegaConf.update(config, FLAG_KEY, flag, force_add=True)
         with ExitStack() as running:
             running.callback(ray.shutdown)
-            run_ppo(config, task_runner_class=_StoppableRunner(GKDTaskRunner, flag, running))
+            runner = _StoppableRunner(GKDTaskRunner, flag, running)
+            start_ray_again(lambda: run_ppo(config, task_runner_class=runner))
 
 
 @dataclass(frozen=True)
@@ -95,24 +94,3 @@ def hand_over(config: DictConfig, run: CheckedRun) -> None:
 
 def _validates(config: DictConfig) -> bool:
     return bool(config.trainer.val_before_train or config.trainer.test_freq > 0)
-
-
-@contextmanager
-def own_ray_folder(config: DictConfig, user_keys: Set[str]) -> Iterator[None]:
-    """On a single machine, run Ray apart from any other Ray on it, in a folder that is removed afterwards."""
-    if config.trainer.device != "cpu" or "ray_kwargs.ray_init.address" in user_keys:
-        yield
-        return
-    folder = private_folder("gkd-ray-")
-    settings: dict[str, Any] = {"address": "local", "_temp_dir": folder}
-    outer_folder = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = folder  # vLLM leaves its sockets behind, Ray a file: there they go with the folder
-    try:
-        OmegaConf.update(config, "ray_kwargs.ray_init", settings, merge=True, force_add=True)
-        yield
-    finally:
-        if outer_folder is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = outer_folder
-        shutil.rmtree(folder, ignore_errors=True)

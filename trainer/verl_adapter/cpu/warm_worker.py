@@ -35,5 +35,6 @@ def ask_for_fork(path: str, arguments: list[str]) -> bool:
         return False
 
 
-if __name__ == "__main__" and not ask_for_fork(sys.argv[1], sys.argv[2:]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])  # noqa: S606  # the program that Ray meant
+if __name__ == "__main__":
+    if not ask_for_fork(sys.argv[1], sys.argv[2:]):
+        os.execv(sys.executable, [sys.executable, *sys.argv[2:]])  # noqa: S606  # the program that Ray meant
