@@ -116,7 +116,7 @@ def run_service(settings: ServiceSettings, build_engine: Callable[[ServiceSettin
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             exit_code = runner.run(_serve(settings, build_engine))
     except TeacherServiceError as exc:
-        _fail(exc, EXIT_FAILED)
+        _fail(exc, EXIT_USAGE if isinstance(exc, SettingsError) else EXIT_FAILED)
     sys.exit(exit_code)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from teacher_service.access import is_loopback
 from teacher_service.errors import SettingsError
 
 ENV_PREFIX = "TEACHER_"
@@ -38,6 +39,22 @@ class ServiceSettings(BaseSettings):
     port_file: Path | None = Field(
         None, description="File that holds the two addresses as JSON while the service listens."
     )
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the certificate to serve gRPC and HTTP with; unset: plain text."
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's private key, not encrypted.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of the CA that signs clients' certificates; set: every client must show one."
+    )
+    token_file: Path | None = Field(
+        None, description="File of accepted bearer tokens, one a line; set: every call but a health check needs one."
+    )
+    insecure: bool = Field(
+        False, description="Whether to listen beyond loopback with neither tokens nor client certificates."
+    )
+    metrics_without_token: bool = Field(False, description="Whether /metrics needs no token.")
+    reflection: bool = Field(True, description="Whether gRPC describes itself to who asks.")
+    http_docs: bool = Field(True, description="Whether HTTP has /docs and /openapi.json.")
     dtype: DtypeName = Field("auto", description="Arithmetic type of the weights; auto takes the checkpoint's own.")
     max_model_len: int | None = Field(None, ge=2, description="Longest sequence in tokens; unset: the model's own.")
     max_num_logprobs: int = Field(256, ge=0, description="Largest num_logprobs a request may ask for.")
@@ -78,6 +95,9 @@ class ServiceSettings(BaseSettings):
     max_queued_requests: int = Field(1024, ge=0, description="Sequences that may wait for the engine.")
     max_queued_tokens: int = Field(4 * 2**20, ge=2, description="Tokens that may wait for the engine.")
     max_inflight_requests: int = Field(256, ge=1, description="Sequences in the engine at a time.")
+    max_client_inflight_requests: int | None = Field(
+        None, ge=1, description="Sequences of one client (token, else host) in the engine at a time; unset: any number."
+    )
     max_inflight_tokens: int = Field(
         2**18, ge=2, description="Tokens in the engine at a time; also bounds one sequence."
     )
@@ -100,7 +120,21 @@ class ServiceSettings(BaseSettings):
                 f"max_queued_tokens is {self.max_queued_tokens}, below max_inflight_tokens "
                 f"{self.max_inflight_tokens}: the longest sequence could never wait; raise the first"
             )
+        self._check_tls()
+        if not (is_loopback(self.host) or self.token_file or self.tls_client_ca or self.insecure):
+            raise ValueError(
+                f"--host {self.host} lets others than this machine call, and nothing tells who may; pass --token-file "
+                "(callers need a token), or --tls-cert, --tls-key and --tls-client-ca (they need a certificate), or "
+                "--insecure (TEACHER_INSECURE=true) where the network itself keeps strangers out"
+            )
         return self
+
+    def _check_tls(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("--tls-cert", "--tls-key") if self.tls_cert else ("--tls-key", "--tls-cert")
+            raise ValueError(f"{given} is given without {missing}; pass both, or neither for plain text")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca is given without --tls-cert and --tls-key; pass them too")
 
 
 def load_settings(flags: Mapping[str, Any]) -> ServiceSettings:

@@ -164,6 +164,12 @@ class OverMemoryBudgetError(TeacherServiceError):
     grpc_code, http_status, reason, retryable = "RESOURCE_EXHAUSTED", 413, "OVER_MEMORY_BUDGET", False
 
 
+class UnauthenticatedError(TeacherServiceError):
+    """The call carries no token, or none that the service accepts. Never says which one it was."""
+
+    grpc_code, http_status, reason, retryable = "UNAUTHENTICATED", 401, "UNAUTHENTICATED", False
+
+
 class MissingCapabilityError(TeacherServiceError):
     """The engine can't do what was asked for."""
 

@@ -160,21 +160,21 @@ class Scorer:
         )
 
     async def _answer(self, job: ScoreJob, key: str | None, record: RequestRecord) -> ScoreArrays:
-        client = record.client
+        client, account = record.client, record.account
         if key is not None:
             num_ids = job.num_tokens + job.num_scored * job.num_candidates
             digest = await off_loop(num_ids, lambda: content_digest(job))
             return await self._deduplicator.answer(
-                key, digest, lambda progress: self._compute(job, client, progress), record
+                key, digest, lambda progress: self._compute(job, client, account, progress), record
             )
         progress, began_s = Progress(), time.perf_counter()
         try:
-            return await self._compute(job, client, progress)
+            return await self._compute(job, client, account, progress)
         finally:
             progress.tell(record, since_s=began_s)
 
-    async def _compute(self, job: ScoreJob, client: str, progress: Progress) -> ScoreArrays:
-        demand = Demand(num_tokens=job.num_tokens, price=self._engine.price(job), client=client)
+    async def _compute(self, job: ScoreJob, client: str, account: str, progress: Progress) -> ScoreArrays:
+        demand = Demand(num_tokens=job.num_tokens, price=self._engine.price(job), client=client, account=account)
         async with self.admission.admit(demand):
             # what is kept for repeated requests makes way for it
             self.answer_cache.trim()

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from structlog.typing import FilteringBoundLogger
+
+from teacher_service.access import AcceptedTokens, Access, is_loopback
 from teacher_service.admission import AdmissionLimits
 from teacher_service.config import ServiceSettings
 from teacher_service.engine.base import Engine
 from teacher_service.errors import AddressError, EngineDeadError, TeacherServiceError
 from teacher_service.scoring import Scorer, ScoringLimits
 from teacher_service.telemetry import Telemetry
+from teacher_service.tls import ServerTls
 from teacher_service.transports.grpc import GrpcTransport
 from teacher_service.transports.http import HttpTransport
 
@@ -41,18 +45,45 @@ class Addresses:
     """`host:port` of gRPC."""
     http: str
     """`host:port` of HTTP."""
+    tls: bool = False
+    """Whether both speak TLS alone."""
+
+    @property
+    def http_url(self) -> str:
+        """The URL of HTTP."""
+        return f"{'https' if self.tls else 'http'}://{self.http}"
 
 
 class TeacherServer:
     """Both transports over one scorer, and the life of the engine behind them."""
 
     def __init__(self, settings: ServiceSettings, engine: Engine, telemetry: Telemetry) -> None:
+        """Listen to nothing yet.
+
+        Raises:
+            SettingsError: the token file, the certificate, its key or the clients' CA can't be used.
+        """
         self._settings = settings
         self._engine = engine
         self._telemetry = telemetry
         self._scorer = Scorer(engine, _limits(settings))
-        self._grpc = GrpcTransport(self._scorer, telemetry, max_stream_inflight=settings.max_stream_inflight)
-        self._http = HttpTransport(self._scorer, telemetry)
+        access, tls = _access(settings, telemetry.logger), _tls(settings, telemetry.logger)
+        self._grpc = GrpcTransport(
+            self._scorer,
+            telemetry,
+            max_stream_inflight=settings.max_stream_inflight,
+            access=access,
+            tls=tls,
+            reflection=settings.reflection,
+        )
+        self._http = HttpTransport(
+            self._scorer,
+            telemetry,
+            access=access,
+            tls=tls,
+            docs=settings.http_docs,
+            metrics_without_token=settings.metrics_without_token,
+        )
         self._addresses: Addresses | None = None
         self.ready = asyncio.Event()
         """Set once the model is loaded and work is taken."""
@@ -82,9 +113,12 @@ class TeacherServer:
         try:
             grpc_port = await self._grpc.start(host, self._settings.grpc_port)
             http_port = await self._http.start(host, self._settings.http_port)
-            self._addresses = Addresses(grpc=_join(host, grpc_port), http=_join(host, http_port))
+            self._addresses = Addresses(
+                grpc=_join(host, grpc_port), http=_join(host, http_port), tls=self._settings.tls_cert is not None
+            )
             if port_file is not None:
                 _write_port_file(port_file, self._addresses)
+            _warn_of_exposure(self._settings, self._telemetry.logger)
             self._telemetry.logger.info("listening", grpc=self._addresses.grpc, http=self._addresses.http)
             yield self._addresses
         finally:
@@ -191,7 +225,7 @@ async def _announce(server: TeacherServer) -> None:
     """Say on stdout that work is taken, and where; whatever the log level."""
     await server.ready.wait()
     addresses = server.addresses
-    sys.stdout.write(f"ready: grpc {addresses.grpc} http http://{addresses.http}\n")
+    sys.stdout.write(f"ready: grpc {addresses.grpc} http {addresses.http_url}\n")
     sys.stdout.flush()
 
 
@@ -231,6 +265,7 @@ def _limits(settings: ServiceSettings) -> ScoringLimits:
         admission=AdmissionLimits(
             max_inflight_requests=settings.max_inflight_requests,
             max_inflight_tokens=settings.max_inflight_tokens,
+            max_client_inflight_requests=settings.max_client_inflight_requests,
             max_queued_requests=settings.max_queued_requests,
             max_queued_tokens=settings.max_queued_tokens,
         ),
@@ -242,6 +277,29 @@ def _limits(settings: ServiceSettings) -> ScoringLimits:
         answer_cache_s=settings.answer_cache_seconds,
         max_timeout_s=settings.max_timeout_s,
     )
+
+
+def _access(settings: ServiceSettings, logger: FilteringBoundLogger) -> Access:
+    return Access(None if settings.token_file is None else AcceptedTokens(settings.token_file, logger))
+
+
+def _tls(settings: ServiceSettings, logger: FilteringBoundLogger) -> ServerTls | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return ServerTls(cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca, logger=logger)
+
+
+def _warn_of_exposure(settings: ServiceSettings, logger: FilteringBoundLogger) -> None:
+    """One line for each thing that others could read or do, and that may not be meant."""
+    if is_loopback(settings.host):
+        return
+    if settings.token_file is None and settings.tls_client_ca is None:
+        logger.warning("anybody who reaches this service may use it; see docs/security.md", host=settings.host)
+    elif settings.tls_cert is None:
+        logger.warning(
+            "tokens and token ids travel in plain text; pass --tls-cert and --tls-key where others share the network",
+            host=settings.host,
+        )
 
 
 def _watch_scorer(telemetry: Telemetry, scorer: Scorer) -> None:

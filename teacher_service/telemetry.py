@@ -41,6 +41,8 @@ class RequestRecord:
     """Name of the method, e.g. `Score`, `ScoreStream`, `POST /v1/score`."""
     client: str = ""
     """Who asks, as admission tells clients apart."""
+    account: str = ""
+    """The part of it that the client can't choose: its token's id, or its host."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Names the request in logs, errors and the engine."""
     num_tokens: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class AdmissionLimits:
     """Sequences that may wait; 0: none."""
     max_queued_tokens: int
     """Tokens that may wait."""
+    max_client_inflight_requests: int | None = None
+    """Sequences of one account in the engine at a time, >= 1; None: any number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +67,8 @@ class Demand:
     """The memory that it takes."""
     client: str = ""
     """Who sends it; clients share the engine's time alike."""
+    account: str = ""
+    """Whose it is, whatever name the client gives itself; an account's share of the engine is bounded."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +80,9 @@ class _Waiter:
 class Admission:
     """Grants places in the engine: to each client in order of arrival, to clients in turn. Belongs to one event loop.
 
-    A sequence whose turn it is waits until it fits, and nothing overtakes it meanwhile. Where the queue is full, the
-    client with most in it loses its last place to one who has less.
+    A sequence whose turn it is waits until it fits, and nothing overtakes it meanwhile; but an account that has all it
+    may have in the engine is passed over. Where the queue is full, the client with most in it loses its last place to
+    one who has less.
     """
 
     def __init__(self, limits: AdmissionLimits) -> None:
@@ -84,6 +90,7 @@ class Admission:
         self._queue = FairQueue[_Waiter]()
         self._throughput = Throughput()
         self._memory: MemoryAccount | None = None
+        self._inflight_of = Counter[str]()
         self.phase = Phase.LOADING
         """Set by whoever runs the service; only SERVING takes work."""
         self.inflight_requests = 0
@@ -141,7 +148,7 @@ class Admission:
         """
         self.check_open()
         self._check_price(demand)
-        if self._queue or not self._fits(demand):
+        if self._queue or not self._fits(demand) or not self._has_share(demand):
             await self._wait(demand)
         else:
             self._take(demand)
@@ -167,6 +174,8 @@ class Admission:
         self._make_room(demand)
         waiter = _Waiter(demand, asyncio.get_running_loop().create_future())
         entry = self._queue.push(demand.client, demand.num_tokens, waiter)
+        # all that wait may be of accounts without a share left, and this one of another
+        self._grant()
         try:
             await waiter.granted
         except asyncio.CancelledError:
@@ -237,17 +246,25 @@ class Admission:
             and (self._memory is None or self._memory.fits(demand.price))
         )
 
+    def _has_share(self, demand: Demand) -> bool:
+        limit = self._limits.max_client_inflight_requests
+        return limit is None or self._inflight_of[demand.account] < limit
+
     def _take(self, demand: Demand) -> None:
         if self.inflight_requests == 0:
             self._throughput.began(time.monotonic())
         self.inflight_requests += 1
         self.inflight_tokens += demand.num_tokens
+        self._inflight_of[demand.account] += 1
         if self._memory is not None:
             self._memory.take(demand.price)
 
     def _give_back(self, demand: Demand) -> None:
         self.inflight_requests -= 1
         self.inflight_tokens -= demand.num_tokens
+        self._inflight_of[demand.account] -= 1
+        if not self._inflight_of[demand.account]:
+            del self._inflight_of[demand.account]
         if self._memory is not None:
             self._memory.give_back(demand.price)
 
@@ -257,12 +274,15 @@ class Admission:
         self._grant()
 
     def _grant(self) -> None:
-        while (first := self._queue.first()) is not None and self._fits(first.item.demand):
+        while (first := self._queue.first(may_go=self._may_go)) is not None and self._fits(first.item.demand):
             if first.item.granted.cancelled():
                 return  # it is about to leave, and grants what comes after it then
             self._queue.take(first)
             self._take(first.item.demand)
             first.item.granted.set_result(None)
+
+    def _may_go(self, waiter: _Waiter) -> bool:
+        return self._has_share(waiter.demand)
 
 
 def _refusal(phase: Phase) -> TeacherServiceError | None:

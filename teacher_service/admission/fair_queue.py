@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -65,9 +65,14 @@ class FairQueue(Generic[T]):
         self._length += 1
         return entry
 
-    def first(self) -> Entry[T] | None:
-        """The entry whose turn it is; None where nothing waits."""
-        return min(self._heads(), key=lambda one: (self._start(one), one.number), default=None)
+    def first(self, *, may_go: Callable[[T], bool] = lambda _: True) -> Entry[T] | None:
+        """The entry whose turn it is; None where nothing waits.
+
+        Args:
+            may_go: whether a client's first entry counts; where it does not, the client is passed over.
+        """
+        heads = (head for head in self._heads() if may_go(head.item))
+        return min(heads, key=lambda one: (self._start(one), one.number), default=None)
 
     def take(self, entry: Entry[T]) -> None:
         """Take the first entry out: its client's turn was used."""

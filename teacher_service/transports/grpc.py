@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 
 from protos.teacher.v1 import teacher_pb2 as pb
-from teacher_service.errors import AddressError, TeacherServiceError
+from teacher_service.access import Access
+from teacher_service.errors import AddressError
 from teacher_service.scoring import Scorer
 from teacher_service.telemetry import Telemetry
+from teacher_service.tls import ServerTls
 from teacher_service.transports import messages
-from teacher_service.transports.grpc_stream import Context, ScoreStreamSession, client_of
+from teacher_service.transports.grpc_access import Context, TokenInterceptor, caller_of, server_credentials, translated
+from teacher_service.transports.grpc_stream import ScoreStreamSession
 from teacher_service.transports.reflection import enable_reflection
 from teacher_service.transports.sockets import open_socket
 
@@ -33,16 +34,40 @@ _MIN_PING_INTERVAL_MS = 10_000
 class GrpcTransport:
     """A gRPC server over one scorer."""
 
-    def __init__(self, scorer: Scorer, telemetry: Telemetry, *, max_stream_inflight: int) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        telemetry: Telemetry,
+        *,
+        max_stream_inflight: int,
+        access: Access,
+        tls: ServerTls | None,
+        reflection: bool,
+    ) -> None:
+        """Listen to nothing yet.
+
+        Args:
+            scorer: the core.
+            telemetry: told of every request.
+            max_stream_inflight: sequences in flight on one stream.
+            access: who may call.
+            tls: the certificate to show; None: plain text.
+            reflection: whether the server describes itself.
+        """
         self._scorer = scorer
+        self._access = access
+        self._tls = tls
         self._telemetry = telemetry
         self._max_stream_inflight = max_stream_inflight
         self._closing = asyncio.Event()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
-        self._server = grpc.aio.server(options=_options(scorer.limits.max_request_bytes))
+        self._server = grpc.aio.server(
+            options=_options(scorer.limits.max_request_bytes), interceptors=[TokenInterceptor(access, telemetry)]
+        )
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        enable_reflection(_REFLECTED, self._server)
+        if reflection:
+            enable_reflection(_REFLECTED, self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port.
@@ -53,9 +78,12 @@ class GrpcTransport:
         await self.set_serving(serving=False)
         # gRPC says no more than "failed to bind", and on stderr by itself: ask the system first
         open_socket(host, port, flag="--grpc-port").close()
-        bracketed = f"[{host}]" if ":" in host else host
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+            if self._tls is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, server_credentials(self._tls))
         except RuntimeError as exc:
             raise AddressError(f"can't listen on {host}:{port}: {exc}; pass another --host or --grpc-port") from exc
         await self._server.start()
@@ -84,15 +112,16 @@ class GrpcTransport:
         )
 
     async def _get_manifest(self, payload: bytes, context: Context) -> bytes:
-        async with _translated(context):
+        async with translated(context):
             with self._telemetry.request("GetManifest"):
                 messages.parse(pb.GetManifestRequest, payload)
                 return messages.manifest_response(self._scorer.manifest()).SerializeToString()
 
     async def _score(self, payload: bytes, context: Context) -> bytes:
-        async with _translated(context):
+        async with translated(context):
             with self._telemetry.request("Score") as record:
-                record.client = client_of(context)
+                caller = caller_of(context, self._access)
+                record.client, record.account = caller.client, caller.account
                 messages.check_body_size(len(payload), self._scorer.limits.max_request_bytes)
                 message = messages.parse(pb.ScoreRequest, payload)
                 wire_dtype = messages.wire_dtype_of(message)
@@ -102,10 +131,15 @@ class GrpcTransport:
                 return (await messages.result_to_pb(result, wire_dtype, record)).SerializeToString()
 
     async def _score_stream(self, payloads: AsyncIterator[bytes], context: Context) -> None:
-        session = ScoreStreamSession(
-            self._scorer, self._telemetry, context, max_inflight=self._max_stream_inflight, closing=self._closing
-        )
-        async with _translated(context):
+        async with translated(context):
+            session = ScoreStreamSession(
+                self._scorer,
+                self._telemetry,
+                context,
+                caller=caller_of(context, self._access),
+                max_inflight=self._max_stream_inflight,
+                closing=self._closing,
+            )
             await session.run(payloads)
 
 
@@ -117,13 +151,3 @@ def _options(max_request_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
     ]
-
-
-@asynccontextmanager
-async def _translated(context: Context) -> AsyncIterator[None]:
-    """Turn the service's errors into gRPC's rich status."""
-    try:
-        yield
-    except TeacherServiceError as exc:
-        status = rpc_status.to_status(messages.error_to_status(exc))
-        await context.abort(status.code, status.details, status.trailing_metadata)

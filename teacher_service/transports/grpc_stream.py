@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn, cast
-from urllib.parse import unquote
-
-import grpc.aio
+from typing import NoReturn, cast
 
 from protos.teacher.v1 import teacher_pb2 as pb
 from teacher_service.errors import (
@@ -21,30 +18,28 @@ from teacher_service.errors import (
 from teacher_service.scoring import Scorer
 from teacher_service.telemetry import RequestRecord, Telemetry
 from teacher_service.transports import messages
+from teacher_service.transports.grpc_access import Caller, Context
 
 MAX_STREAM_ID_LENGTH = 128
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def client_of(context: Context) -> str:
-    """Who calls: the name in its metadata, or the host that it calls from."""
-    metadata = dict(context.invocation_metadata() or ())
-    # a peer is `ipv4:host:port` or `ipv6:%5Bhost%5D:port`
-    host = unquote(context.peer()).rpartition(":")[0].partition(":")[2].strip("[]")
-    return messages.client_name(metadata.get(messages.CLIENT_KEY), host)
 
 
 class ScoreStreamSession:
     """The server's side of one stream."""
 
     def __init__(
-        self, scorer: Scorer, telemetry: Telemetry, context: Context, *, max_inflight: int, closing: asyncio.Event
+        self,
+        scorer: Scorer,
+        telemetry: Telemetry,
+        context: Context,
+        *,
+        caller: Caller,
+        max_inflight: int,
+        closing: asyncio.Event,
     ) -> None:
         self._scorer = scorer
         self._telemetry = telemetry
         self._context = context
-        self._client = client_of(context)
+        self._caller = caller
         self._slots = asyncio.Semaphore(max_inflight)
         self._closing = closing
         self._write_lock = asyncio.Lock()
@@ -92,7 +87,7 @@ class ScoreStreamSession:
         answer = pb.ScoreStreamResponse()
         try:
             with self._telemetry.request("ScoreStream") as record:
-                record.client = self._client
+                record.client, record.account = self._caller.client, self._caller.account
                 message = messages.parse(pb.ScoreStreamRequest, payload)
                 answer.id = message.id[:MAX_STREAM_ID_LENGTH]
                 messages.check_body_size(len(payload), self._scorer.limits.max_request_bytes)

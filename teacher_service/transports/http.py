@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from protos.teacher.v1 import teacher_pb2 as pb
+from teacher_service.access import AUTHORIZATION, Access
 from teacher_service.admission import Phase
 from teacher_service.errors import (
     ClientGoneError,
@@ -25,12 +26,15 @@ from teacher_service.errors import (
     MethodNotAllowedError,
     NotFoundError,
     TeacherServiceError,
+    UnauthenticatedError,
     UnsupportedContentTypeError,
 )
 from teacher_service.offload import off_loop
 from teacher_service.scoring import Scorer
 from teacher_service.telemetry import RequestRecord, Telemetry
+from teacher_service.tls import ServerTls
 from teacher_service.transports import http_models, messages
+from teacher_service.transports.http_access import METRICS, TokenGate
 from teacher_service.transports.http_models import ManifestAnswer, Problem, ScoreAnswer, ScoreBody, StatusAnswer
 from teacher_service.transports.sockets import open_socket
 
@@ -55,12 +59,41 @@ class _UvicornServer(uvicorn.Server):
 class HttpTransport:
     """An HTTP server over one scorer, on the event loop of its caller."""
 
-    def __init__(self, scorer: Scorer, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        telemetry: Telemetry,
+        *,
+        access: Access,
+        tls: ServerTls | None,
+        docs: bool,
+        metrics_without_token: bool,
+    ) -> None:
+        """Listen to nothing yet.
+
+        Args:
+            scorer: the core.
+            telemetry: told of every request.
+            access: who may call.
+            tls: the certificate to show; None: plain text.
+            docs: whether there are /docs and /openapi.json.
+            metrics_without_token: whether anybody may read the metrics.
+        """
+        self._tls = tls
         self._config = uvicorn.Config(
-            build_app(scorer, telemetry),
+            TokenGate(
+                build_app(scorer, telemetry, access, docs=docs),
+                access,
+                telemetry,
+                answer=_problem_response,
+                metrics_without_token=metrics_without_token,
+            ),
             log_config=None,
             access_log=False,
             lifespan="off",
+            ws="none",
+            # who calls is told by the connection, not by a header that anybody on this machine may set
+            proxy_headers=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
         )
@@ -75,6 +108,10 @@ class HttpTransport:
         """
         listener = open_socket(host, port, flag="--http-port")
         bound: int = listener.getsockname()[1]
+        self._config.load()
+        if self._tls is not None:
+            # not by files: uvicorn would read them once
+            self._config.ssl = self._tls.http_context()
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         return bound
 
@@ -87,32 +124,38 @@ class HttpTransport:
         await self._serving
 
 
-def build_app(scorer: Scorer, telemetry: Telemetry) -> FastAPI:
-    """The routes."""
-    app = FastAPI(title="Teacher", summary="Scores token sequences under a teacher model.", version="v1")
+def build_app(scorer: Scorer, telemetry: Telemetry, access: Access, *, docs: bool) -> FastAPI:
+    """The routes; who may take them is not asked here."""
+    app = FastAPI(
+        title="Teacher",
+        summary="Scores token sequences under a teacher model.",
+        version="v1",
+        openapi_url="/openapi.json" if docs else None,
+    )
     app.add_exception_handler(TeacherServiceError, _answer_service_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    handlers = _Handlers(scorer, telemetry)
+    handlers = _Handlers(scorer, telemetry, access)
     app.post(
         "/v1/score",
         response_model=ScoreAnswer,
-        responses=_problems(400, 413, 415, 422, 429, 500, 503, 504)
+        responses=_problems(400, 401, 413, 415, 422, 429, 500, 503, 504)
         | {200: {"content": {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}}},
         openapi_extra=_score_request_schema(),
     )(handlers.score)
-    app.get("/v1/manifest", response_model=ManifestAnswer, responses=_problems(500, 503))(handlers.manifest)
+    app.get("/v1/manifest", response_model=ManifestAnswer, responses=_problems(401, 500, 503))(handlers.manifest)
     app.get("/healthz", response_model=StatusAnswer, responses=_problems(503))(handlers.healthz)
     app.get("/readyz", response_model=StatusAnswer, responses=_problems(503))(handlers.readyz)
-    app.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})(
+    app.get(METRICS, response_class=Response, responses=_problems(401) | {200: {"content": {CONTENT_TYPE_LATEST: {}}}})(
         handlers.metrics
     )
     return app
 
 
 class _Handlers:
-    def __init__(self, scorer: Scorer, telemetry: Telemetry) -> None:
+    def __init__(self, scorer: Scorer, telemetry: Telemetry, access: Access) -> None:
         self._scorer = scorer
         self._telemetry = telemetry
+        self._access = access
 
     async def score(self, request: Request) -> Response:
         """Score one sequence. Send JSON, or a teacher.v1.ScoreRequest as protobuf; the answer has the same form.
@@ -121,7 +164,8 @@ class _Handlers:
         """
         with self._telemetry.request("POST /v1/score") as record:
             host = "" if request.client is None else request.client.host
-            record.client = messages.client_name(request.headers.get(messages.CLIENT_KEY), host)
+            record.account = self._access.account_of(request.headers.get(AUTHORIZATION), host)
+            record.client = messages.client_name(request.headers.get(messages.CLIENT_KEY), record.account)
             answer_in = _answer_form(request)
             timeout_s = _timeout_s(request, self._scorer.limits.max_timeout_s)
             began_s = time.monotonic()
@@ -256,6 +300,8 @@ def _problem_response(error: TeacherServiceError) -> Response:
     if error.retry_delay_s is not None:
         # the header has whole seconds; the body has the exact delay
         headers["Retry-After"] = f"{math.ceil(error.retry_delay_s)}"
+    if isinstance(error, UnauthenticatedError):
+        headers["WWW-Authenticate"] = "Bearer"
     problem = http_models.problem_of(error).model_dump_json(exclude_none=True)
     return Response(problem, status_code=error.http_status, media_type=PROBLEM, headers=headers)
 

@@ -32,10 +32,10 @@ MAX_CLIENT_NAME_LENGTH = 64
 MessageT = TypeVar("MessageT", bound=Message)
 
 
-def client_name(given: str | bytes | None, host: str) -> str:
-    """How admission and the log call a client; its host where it gives no name."""
+def client_name(given: str | bytes | None, account: str) -> str:
+    """How admission and the log call a client; its account where it gives no name."""
     name = given.decode(errors="replace") if isinstance(given, bytes) else given
-    return f"{host}/{name[:MAX_CLIENT_NAME_LENGTH]}" if name else host
+    return f"{account}/{name[:MAX_CLIENT_NAME_LENGTH]}" if name else account
 
 
 def check_body_size(num_bytes: int, limit: int) -> None:

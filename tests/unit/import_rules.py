@@ -31,7 +31,7 @@ LAYERS: Mapping[str, tuple[frozenset[str], ...]] = {
         frozenset({"transports"}),
         frozenset({"scoring"}),
         frozenset({"admission", "dedupe", "engine", "validation"}),
-        frozenset({"config", "errors", "memory", "offload", "telemetry", "types"}),
+        frozenset({"access", "config", "errors", "memory", "offload", "telemetry", "tls", "types"}),
     ),
     "trainer": (
         frozenset({"main_ppo"}),

@@ -35,6 +35,10 @@ def test_every_setting_is_a_flag_a_variable_and_a_line_of_help() -> None:
         "--help",
         "--no-enforce-eager",
         "--no-fast-route",
+        "--no-http-docs",
+        "--no-insecure",
+        "--no-metrics-without-token",
+        "--no-reflection",
         "--model",
     }
 
