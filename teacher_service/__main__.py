@@ -76,11 +76,22 @@ def bench(
         typer.Option(help="Of the token ids; unset: a new one, so that no cache knows them from an earlier run."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the results as JSON; - for stdout.")] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the CA that signed the teacher's certificate, or system; unset: plain text."),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate to show.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
+    tls_server_name: Annotated[
+        str | None, typer.Option(help="Name that the teacher's certificate must have; unset: the endpoint's own.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File whose first line is the token to send.")] = None,
 ) -> None:
     """Measure a running teacher: throughput, latency and size of the answers at each concurrency."""
     # here, so that --help and a wrong flag answer without loading grpc
     from teacher_service.bench.command import run_bench
     from teacher_service.bench.settings import BenchSettings, new_seed, parse_wire_dtype
+    from teacher_service.transports.caller_credentials import CallerCredentials
 
     try:
         exit_code = run_bench(
@@ -98,6 +109,13 @@ def bench(
                 warm_up=warm_up,
                 seed=new_seed() if seed is None else seed,
                 json=json,
+                credentials=CallerCredentials(
+                    tls_ca=tls_ca,
+                    tls_cert=tls_cert,
+                    tls_key=tls_key,
+                    tls_server_name=tls_server_name,
+                    token_file=token_file,
+                ),
             )
         )
     except SettingsError as exc:

@@ -96,6 +96,10 @@ class TeacherRefusedError(TeacherError):
     """The teacher refused the request; sending it again can't help."""
 
 
+class TeacherCredentialsError(TeacherError):
+    """Client and teacher don't accept each other: a token or certificate is missing, wrong, or past its time."""
+
+
 class TeacherFailedError(TeacherError):
     """The teacher failed on the request."""
 

@@ -66,6 +66,7 @@ class Measurement:
     def document(self) -> dict[str, Any]:
         """The results as JSON holds them."""
         workload = dataclasses.asdict(self.settings)
+        del workload["credentials"]  # no part of what was measured
         del workload["json"]
         return {
             "manifest": None if self.manifest is None else manifest_brief(self.manifest),
@@ -123,7 +124,7 @@ async def measure(found: Measurement, watcher: Watcher) -> None:
         SettingsError: it can't do what is asked for.
     """
     asked = found.settings
-    async with calling(asked.endpoint, client_name=_CLIENT_NAME) as caller:
+    async with calling(asked.endpoint, client_name=_CLIENT_NAME, credentials=asked.credentials) as caller:
         manifest = found.manifest = await caller.get_manifest()
         settings = found.settings = fit(asked, manifest)
         watcher.began(manifest, settings, asked)

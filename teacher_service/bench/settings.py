@@ -14,6 +14,7 @@ from protos.codec import WireDtype
 from protos.manifest import Capability, Manifest
 from teacher_service.errors import SettingsError
 from teacher_service.transports.caller import check_endpoint
+from teacher_service.transports.caller_credentials import CallerCredentials
 
 STDOUT = Path("-")
 
@@ -59,6 +60,8 @@ class BenchSettings:
     """Of the token ids."""
     json: Path | None
     """Where the results go as JSON; `-` is stdout. None: nowhere."""
+    credentials: CallerCredentials = CallerCredentials()  # noqa: RUF009 - it is frozen
+    """What is shown to the teacher."""
 
     def __post_init__(self) -> None:
         check_endpoint(self.endpoint)

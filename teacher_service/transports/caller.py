@@ -23,6 +23,7 @@ from protos.manifest import Manifest
 from protos.teacher.v1 import teacher_pb2 as pb
 from teacher_service.errors import SettingsError
 from teacher_service.offload import off_loop
+from teacher_service.transports.caller_credentials import CallerCredentials, tls_fault_in
 from teacher_service.transports.messages import CLIENT_KEY, ERROR_DOMAIN
 from teacher_service.types import Timings
 
@@ -30,6 +31,8 @@ CONNECT_TIMEOUT_S = 10.0
 """Seconds for the first answer of an endpoint that may not exist."""
 UNREACHABLE = "UNREACHABLE"
 """Reason of a failure in which no teacher spoke: refused, reset, unresolved."""
+TLS_FAILED = "TLS_FAILED"
+"""Reason of a failure in which the teacher could not prove who it is."""
 INVALID_ANSWER = "INVALID_ANSWER"
 """Reason of an answer that breaks the contract."""
 MANIFEST_CHANGED = "MANIFEST_CHANGED"
@@ -51,6 +54,16 @@ _CAUSES = {
 _MAX_PORT = 65535
 _FIRST_RECONNECT_DELAY_MS = 100
 _MAX_RECONNECT_DELAY_MS = 2000
+_CHANNEL_OPTIONS = (
+    # whoever names the endpoint trusts it, and an answer's size follows from what was asked for
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", _FIRST_RECONNECT_DELAY_MS),
+    ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_DELAY_MS),
+    # a new caller starts afresh, not with the back-off of an older one in this process
+    ("grpc.use_local_subchannel_pool", 1),
+    # a teacher stands on the private network; a proxy meant for the internet would lose the call
+    ("grpc.enable_http_proxy", 0),
+)
 
 
 class CallError(Exception):
@@ -111,10 +124,18 @@ class ScoreAnswer:
 class TeacherCaller:
     """Calls to one endpoint over one channel. `calling` makes and closes it."""
 
-    def __init__(self, endpoint: str, channel: grpc.aio.Channel, *, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        channel: grpc.aio.Channel,
+        *,
+        metadata: tuple[tuple[str, str], ...] = (),
+        handshake_hint: str = "",
+    ) -> None:
         self.endpoint = endpoint
         """`host:port`."""
         self._channel = channel
+        self._handshake_hint = handshake_hint
         self._metadata = metadata
 
     async def get_manifest(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Manifest:
@@ -167,7 +188,9 @@ class TeacherCaller:
             payload: bytes = await call(request.SerializeToString(), timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as exc:
             is_connected = self._channel.get_state() is grpc.ChannelConnectivity.READY
-            raise _error_of(exc, self.endpoint, timeout_s, is_connected=is_connected) from exc
+            raise _error_of(
+                exc, self.endpoint, timeout_s, is_connected=is_connected, handshake_hint=self._handshake_hint
+            ) from exc
         return payload
 
     @contextmanager
@@ -183,7 +206,9 @@ class TeacherCaller:
 
 
 @asynccontextmanager
-async def calling(endpoint: str, *, client_name: str) -> AsyncIterator[TeacherCaller]:
+async def calling(
+    endpoint: str, *, client_name: str, credentials: CallerCredentials | None = None
+) -> AsyncIterator[TeacherCaller]:
     """A caller of `host:port`; at the end its channel is closed and calls under way are cancelled.
 
     Nothing is sent yet, so an endpoint that does not answer shows in the first call.
@@ -191,14 +216,17 @@ async def calling(endpoint: str, *, client_name: str) -> AsyncIterator[TeacherCa
     Args:
         endpoint: `host:port`.
         client_name: by which the service tells this caller from others on the same host, for their fair shares.
+        credentials: what the caller shows; None: nothing, in plain text.
 
     Raises:
-        SettingsError: the endpoint is malformed.
+        SettingsError: the endpoint is malformed, or a file of the credentials can't be used.
     """
     check_endpoint(endpoint)
-    channel = _open_channel(endpoint)
+    shown = CallerCredentials() if credentials is None else credentials
+    metadata = ((CLIENT_KEY, client_name), *shown.metadata())
+    channel = shown.open_channel(endpoint, _CHANNEL_OPTIONS)
     try:
-        yield TeacherCaller(endpoint, channel, metadata=((CLIENT_KEY, client_name),))
+        yield TeacherCaller(endpoint, channel, metadata=metadata, handshake_hint=shown.handshake_hint)
     finally:
         await channel.close(grace=None)
 
@@ -216,22 +244,6 @@ def check_endpoint(endpoint: str) -> None:
             "such as 127.0.0.1:15555 or [::1]:15555",
             metadata={"field": "--endpoint", "value": endpoint, "limit": "HOST:PORT"},
         )
-
-
-def _open_channel(endpoint: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(
-        endpoint,
-        options=[
-            # whoever names the endpoint trusts it, and an answer's size follows from what was asked for
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.initial_reconnect_backoff_ms", _FIRST_RECONNECT_DELAY_MS),
-            ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_DELAY_MS),
-            # a new caller starts afresh, not with the back-off of an older one in this process
-            ("grpc.use_local_subchannel_pool", 1),
-            # a teacher stands on the private network; a proxy meant for the internet would lose the call
-            ("grpc.enable_http_proxy", 0),
-        ],
-    )
 
 
 def _request_of(call: ScoreCall) -> pb.ScoreRequest:
@@ -257,7 +269,9 @@ def _timed_decode(payload: bytes, call: ScoreCall, vocab_rows: int) -> tuple[pb.
     return answer, scores, time.thread_time() - began_s
 
 
-def _error_of(exc: grpc.aio.AioRpcError, endpoint: str, timeout_s: float, *, is_connected: bool) -> CallError:
+def _error_of(
+    exc: grpc.aio.AioRpcError, endpoint: str, timeout_s: float, *, is_connected: bool, handshake_hint: str
+) -> CallError:
     reason, retry_delay_s = _details_of(exc)
     code, details = exc.code().name, exc.details() or "no cause given"
     if reason is not None:
@@ -266,8 +280,14 @@ def _error_of(exc: grpc.aio.AioRpcError, endpoint: str, timeout_s: float, *, is_
     if code == "DEADLINE_EXCEEDED" and is_connected:
         message = f"the teacher at {endpoint} did not answer within {timeout_s:g} s; raise --timeout-s, or see its log"
         return CallError(message, reason=code)
+    if (tls_fault := tls_fault_in(details)) is not None:
+        return CallError(f"no TLS with the teacher at {endpoint}: {tls_fault}", reason=TLS_FAILED)
     if code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}:
-        cause = f"no connection within {timeout_s:g} s" if code == "DEADLINE_EXCEEDED" else _cause_in(details)
+        cause = (
+            f"no connection within {timeout_s:g} s"
+            if code == "DEADLINE_EXCEEDED"
+            else _cause_in(details, handshake_hint)
+        )
         return CallError(
             f"no teacher answers at {endpoint} ({cause}); start one with `python -m teacher_service serve --model "
             "PATH`, or name the gRPC port of one that runs",
@@ -295,6 +315,8 @@ def _details_of(exc: grpc.aio.AioRpcError) -> tuple[str | None, float | None]:
     return reason, retry_delay_s
 
 
-def _cause_in(details: str) -> str:
+def _cause_in(details: str, handshake_hint: str) -> str:
     """The cause within gRPC's chain of wrapped messages; the whole where none is known."""
+    if "failed to connect" in details and re.search("socket closed|connection reset", details, re.IGNORECASE):
+        return f"it closed the connection before it stood; {handshake_hint}"
     return next((words for sign, words in _CAUSES.items() if sign in details.lower()), details)

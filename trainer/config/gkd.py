@@ -5,9 +5,19 @@ from __future__ import annotations
 import difflib
 import enum
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from trainer.errors import ConfigError
 from trainer.types import Distillation, Tail, TopKDivergence
@@ -21,6 +31,8 @@ Endpoints = tuple[str, ...] | str
 """`host:port` of every replica; or one DNS name and port that resolve to all of them."""
 ONLY_TEACHER = "teacher"
 """Name of the teacher of a run without `teacher.routes`."""
+SYSTEM_CA = "system"
+"""Value of `teacher.tls.ca` for the public authorities."""
 ANY_VALUE = "*"
 """Key of `teacher.routes` that takes all values without a route of their own."""
 REWARD_STRATEGIES: frozenset[SelectStrategy] = frozenset({"best", "worst"})
@@ -76,6 +88,34 @@ class ActorConfig(BaseModel):
         return self.gkd_divergence
 
 
+class TlsConfig(BaseModel):
+    """`actor_rollout_ref.teacher.tls.*`: plain text where all are null."""
+
+    model_config = _FROZEN
+
+    ca: str | None = None
+    """PEM file of the CA that signed the teacher's certificate; `system`: the public authorities."""
+    cert: str | None = None
+    """PEM file of the trainer's own certificate, for a teacher that wants one."""
+    key: str | None = None
+    """PEM file of its private key."""
+    server_name: str | None = None
+    """Name that the teacher's certificate must have; null: the endpoint's own."""
+
+    @field_validator("ca", "cert", "key")
+    @classmethod
+    def _from_root(cls, value: str | None) -> str | None:
+        return value if value == SYSTEM_CA else _absolute(value)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key belong together; set both, or neither")
+        if self.ca is None and (self.cert or self.server_name):
+            raise ValueError(f"ca is null, so nothing would be encrypted; name the CA's PEM file, or {SYSTEM_CA!r}")
+        return self
+
+
 class TeacherConfig(BaseModel):
     """`actor_rollout_ref.teacher.*`."""
 
@@ -113,6 +153,15 @@ class TeacherConfig(BaseModel):
     """Seconds to wait at start for a teacher that is not there or not ready yet."""
     max_inflight_per_worker: PositiveInt = 64
     """Sequences in flight per teacher worker: n_server_workers times this is the client's bound."""
+    tls: TlsConfig = TlsConfig()
+    """TLS to every teacher."""
+    token_file: str | None = None
+    """File whose first line is the token for every teacher; each node that runs agent-loop workers needs it."""
+
+    @field_validator("token_file")
+    @classmethod
+    def _from_root(cls, value: str | None) -> str | None:
+        return _absolute(value)
 
     @property
     def teachers(self) -> Mapping[str, Endpoints]:
@@ -148,6 +197,11 @@ class TeacherConfig(BaseModel):
     def max_inflight(self) -> int:
         """Sequences that one client keeps in flight."""
         return self.n_server_workers * self.max_inflight_per_worker
+
+
+def _absolute(path: str | None) -> str | None:
+    """The path from the root: a worker of Ray may stand in another folder."""
+    return None if path is None else f"{Path(path).expanduser().absolute()}"
 
 
 class TrainerConfig(BaseModel):
@@ -254,9 +308,9 @@ def _explain(exc: ValidationError, paths: Mapping[str, str]) -> str:
         section, *rest = (str(part) for part in error["loc"])
         key = ".".join([paths[section], *rest])
         if error["type"] == "extra_forbidden":
-            known = sorted(TeacherConfig.model_fields)
+            known = sorted((TlsConfig if rest[0] == "tls" else TeacherConfig).model_fields)
             near = difflib.get_close_matches(rest[-1], known, n=1)
-            hint = f"did you mean {paths[section]}.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            hint = f"did you mean {key.removesuffix(rest[-1])}{near[0]}?" if near else f"known keys: {', '.join(known)}"
             lines.append(f"{key} is not a key of this trainer; {hint}")
         else:
             lines.append(f"{key}={error['input']!r}: {error['msg']}")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self, TypeVar
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.codec import CodecError, manifest_from_pb
 from protos.manifest import Manifest
 from protos.teacher.v1 import teacher_pb2 as pb
 from protos.teacher.v1.teacher_pb2_grpc import TeacherServiceStub
-from trainer.errors import TeacherAnswerError, TeacherDeadlineError, TeacherError, TeacherUnavailableError
+from trainer.errors import (
+    TeacherAnswerError,
+    TeacherCredentialsError,
+    TeacherDeadlineError,
+    TeacherError,
+    TeacherUnavailableError,
+)
+from trainer.teacher.credentials import Identity
 from trainer.teacher.failures import translated_errors
 
 _KEEPALIVE_PERIOD_S = 30.0
@@ -33,12 +40,21 @@ T = TypeVar("T")
 class Endpoint:
     """A channel to one teacher. Made and closed in one event loop."""
 
-    def __init__(self, name: str, *, connect_timeout_s: float, max_receive_bytes: int, max_send_bytes: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        connect_timeout_s: float,
+        max_receive_bytes: int,
+        max_send_bytes: int,
+        identity: Identity | None = None,
+    ) -> None:
         self.name = name
         """`host:port`."""
-        self._channel = grpc.aio.insecure_channel(
+        self._identity = Identity() if identity is None else identity
+        self._channel = self._identity.open_channel(
             name,
-            options=[
+            [
                 ("grpc.max_receive_message_length", max_receive_bytes),
                 ("grpc.max_send_message_length", max_send_bytes),
                 ("grpc.keepalive_time_ms", round(_KEEPALIVE_PERIOD_S * 1000)),
@@ -68,17 +84,20 @@ class Endpoint:
         await self.close()
 
     @classmethod
-    def for_manifest(cls, name: str, *, connect_timeout_s: float) -> Endpoint:
+    def for_manifest(cls, name: str, *, connect_timeout_s: float, identity: Identity | None = None) -> Endpoint:
         """A channel that takes a manifest and nothing larger."""
         return cls(
             name,
             connect_timeout_s=connect_timeout_s,
             max_receive_bytes=_MANIFEST_BYTES,
             max_send_bytes=_OTHER_FIELDS_BYTES,
+            identity=identity,
         )
 
     @classmethod
-    def for_scoring(cls, name: str, manifest: Manifest, *, connect_timeout_s: float) -> Endpoint:
+    def for_scoring(
+        cls, name: str, manifest: Manifest, *, connect_timeout_s: float, identity: Identity | None = None
+    ) -> Endpoint:
         """A channel that takes the largest answer this teacher can owe."""
         return cls(
             name,
@@ -86,6 +105,7 @@ class Endpoint:
             # a manifest is asked for again over the same channel
             max_receive_bytes=max(max_answer_bytes(manifest), _MANIFEST_BYTES),
             max_send_bytes=min(manifest.max_request_bytes, _INT32_MAX),
+            identity=identity,
         )
 
     async def get_manifest(self, *, timeout_s: float) -> Manifest:
@@ -95,9 +115,9 @@ class Endpoint:
             TeacherError: the call failed.
             TeacherAnswerError: what came is no valid manifest.
         """
-        with translated_errors(self.name, timeout_s=timeout_s):
+        with self._translated(timeout_s):
             answer: pb.GetManifestResponse | None = await self._stub.GetManifest(
-                pb.GetManifestRequest(), timeout=timeout_s
+                pb.GetManifestRequest(), timeout=timeout_s, metadata=self._identity.metadata()
             )
         try:
             return manifest_from_pb(_parsed(answer, self.name).manifest)
@@ -115,8 +135,10 @@ class Endpoint:
             TeacherError: the call failed.
             TeacherAnswerError: the answer's bytes are no message.
         """
-        with translated_errors(self.name, timeout_s=timeout_s):
-            answer: pb.ScoreResponse | None = await self._stub.Score(request, timeout=timeout_s)
+        with self._translated(timeout_s):
+            answer: pb.ScoreResponse | None = await self._stub.Score(
+                request, timeout=timeout_s, metadata=self._identity.metadata()
+            )
         return _parsed(answer, self.name)
 
     async def is_serving(self, *, timeout_s: float) -> bool:
@@ -125,14 +147,15 @@ class Endpoint:
         Raises:
             TeacherDeadlineError: it does not answer.
             TeacherUnavailableError: it can't be reached.
+            TeacherCredentialsError: it is not the one that it should be.
         """
         try:
-            with translated_errors(self.name, timeout_s=timeout_s):
+            with self._translated(timeout_s):
                 answer: health_pb2.HealthCheckResponse | None = await self._health.Check(
                     health_pb2.HealthCheckRequest(), timeout=timeout_s
                 )
             return bool(_parsed(answer, self.name).status != _NOT_SERVING)
-        except (TeacherDeadlineError, TeacherUnavailableError):
+        except (TeacherCredentialsError, TeacherDeadlineError, TeacherUnavailableError):
             raise
         except TeacherError:
             return True
@@ -145,7 +168,7 @@ class Endpoint:
         """
         stream = self._health.Watch(health_pb2.HealthCheckRequest(), timeout=_WATCH_S)
         try:
-            with translated_errors(self.name, timeout_s=_WATCH_S):
+            with self._translated(_WATCH_S):
                 async for answer in stream:
                     if _parsed(answer, self.name).status == _NOT_SERVING:
                         return
@@ -158,6 +181,9 @@ class Endpoint:
     async def close(self) -> None:
         """Close the channel; a call still under way is cancelled."""
         await self._channel.close(grace=None)
+
+    def _translated(self, timeout_s: float) -> AbstractContextManager[None]:
+        return translated_errors(self.name, timeout_s=timeout_s, handshake_hint=self._identity.handshake_hint)
 
 
 def _parsed(answer: T | None, endpoint: str) -> T:

@@ -20,6 +20,7 @@ from protos.manifest import Manifest
 from trainer.errors import GKDError, TeacherClosedError, TeacherError
 from trainer.teacher.attempts import Call
 from trainer.teacher.compatibility import DEFAULT_PLAN, ScoringPlan, StudentInfo
+from trainer.teacher.credentials import NO_CREDENTIALS, Credentials
 from trainer.teacher.replica import ReplicaStatus
 from trainer.teacher.request import TokenIds, build_request
 from trainer.teacher.resolver import Resolve, resolve_dns
@@ -62,6 +63,7 @@ class TeacherClient:
         canary_reference: Float32Array | None = None,
         report_period_s: float = 10.0,
         resolve: Resolve = resolve_dns,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         """Hold the settings; nothing is opened before the client is entered.
 
@@ -89,6 +91,8 @@ class TeacherClient:
             canary_reference: `canary_reference` of another client; None: this client's first answer.
             report_period_s: time between two log lines while calls wait for a replica.
             resolve: looks up the endpoints' name.
+            credentials: TLS files and a token file. The token is looked up for each call, the TLS files for each
+                connection that is made, so that they may be changed meanwhile.
 
         Raises:
             ConfigError: a setting is out of range.
@@ -112,6 +116,7 @@ class TeacherClient:
             canary_reference=canary_reference,
             report_period_s=report_period_s,
             resolve=resolve,
+            credentials=credentials,
         )
         self._session: Session | None = None
         self._closed = False
@@ -121,6 +126,8 @@ class TeacherClient:
 
         Raises:
             TeacherUnavailableError: no replica can be reached, or none is ready in time.
+            TeacherCredentialsError: a file of the credentials can't be used, the teacher does not accept the token, or
+                its certificate is not the right one.
             TeacherMismatchError: the teachers differ, are not the expected one, or don't fit the student or the plan.
             TeacherError: every replica fails otherwise.
         """
@@ -209,7 +216,7 @@ class TeacherClient:
         Raises:
             TeacherRequestError: an argument is out of range; nothing was sent.
             TeacherUnavailableError, TeacherMismatchError: no replica served in time; all are other teachers.
-            TeacherDeadlineError, TeacherOverloadedError: retried in vain.
+            TeacherDeadlineError, TeacherOverloadedError, TeacherCredentialsError: retried in vain.
             TeacherRefusedError: the teacher refused the request.
             TeacherFailedError, TeacherAnswerError: several attempts failed in the teacher, or brought wrong answers.
             TeacherClosedError: the client was closed meanwhile.

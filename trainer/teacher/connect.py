@@ -16,9 +16,10 @@ from protos.manifest import Manifest
 from trainer.errors import TeacherError, TeacherMismatchError, TeacherUnavailableError
 from trainer.teacher.channel import Endpoint
 from trainer.teacher.compatibility import differing_fields, words_of
+from trainer.teacher.credentials import Identity
 from trainer.teacher.failures import NOT_READY, gave_up
 from trainer.teacher.resolver import UNRESOLVED, Naming
-from trainer.teacher.retry import RetryPolicy, failure_of, is_retryable
+from trainer.teacher.retry import RetryPolicy, failure_of, may_come_up
 
 _log = structlog.get_logger(__name__)
 
@@ -35,6 +36,8 @@ class Patience:
     """For a teacher that answers that it is still loading."""
     retry: RetryPolicy
     """Waits between attempts; their number is bounded by the times above alone."""
+    identity: Identity
+    """What the client shows."""
 
 
 async def first_addresses(naming: Naming, patience: Patience) -> list[str]:
@@ -131,7 +134,7 @@ class _Contact(Generic[T]):
             TeacherError: the patience is over, or another attempt can't help.
         """
         retrying = AsyncRetrying(
-            retry=retry_if_exception(is_retryable),
+            retry=retry_if_exception(may_come_up),
             wait=self._delay_s,
             stop=self._is_over,
             before_sleep=self._report,
@@ -141,7 +144,7 @@ class _Contact(Generic[T]):
         try:
             return await retrying(self._attempt)
         except TeacherError as error:
-            if not is_retryable(error):
+            if not may_come_up(error):
                 raise
             raise gave_up(
                 error,
@@ -182,7 +185,9 @@ class _Contact(Generic[T]):
 
 def _manifest_fetcher(name: str, patience: Patience) -> Callable[[float], Awaitable[Manifest]]:
     async def fetch(timeout_s: float) -> Manifest:
-        async with Endpoint.for_manifest(name, connect_timeout_s=patience.connect_timeout_s) as endpoint:
+        async with Endpoint.for_manifest(
+            name, connect_timeout_s=patience.connect_timeout_s, identity=patience.identity
+        ) as endpoint:
             return await endpoint.get_manifest(timeout_s=timeout_s)
 
     return fetch

@@ -17,6 +17,7 @@ from trainer.teacher.budget import RetryBudget
 from trainer.teacher.canary import Canary
 from trainer.teacher.compatibility import check_compatibility, manifest_changed
 from trainer.teacher.connect import Patience, check_same_manifest, fetch_manifests, first_addresses
+from trainer.teacher.credentials import Identity
 from trainer.teacher.failures import gave_up
 from trainer.teacher.inflight import Inflight
 from trainer.teacher.joining import JoinedCalls
@@ -57,8 +58,12 @@ class Session:
         Raises:
             TeacherError: see `TeacherClient.__aenter__`.
         """
+        identity = settings.identity()
         patience = Patience(
-            connect_timeout_s=settings.connect_timeout_s, wait_ready_s=settings.wait_ready_s, retry=settings.retry
+            connect_timeout_s=settings.connect_timeout_s,
+            wait_ready_s=settings.wait_ready_s,
+            retry=settings.retry,
+            identity=identity,
         )
         naming = settings.naming
         names = list(settings.endpoints) if naming is None else await first_addresses(naming, patience)
@@ -66,7 +71,7 @@ class Session:
         _check_manifest(manifest, settings)
         canary = Canary(manifest, tolerance=settings.canary_tolerance, reference=settings.canary_reference)
         async with AsyncExitStack() as stack:
-            checks = _checks(settings, manifest, canary)
+            checks = _checks(settings, manifest, canary, identity)
             pool = Pool(names, checks, naming=naming, report_period_s=settings.report_period_s)
             stack.push_async_callback(pool.close)
             await pool.wait_serving(settings.connect_timeout_s + settings.timeout_s)
@@ -135,7 +140,7 @@ def _check_manifest(manifest: Manifest, settings: ClientSettings) -> None:
     )
 
 
-def _checks(settings: ClientSettings, manifest: Manifest, canary: Canary) -> Checks:
+def _checks(settings: ClientSettings, manifest: Manifest, canary: Canary, identity: Identity) -> Checks:
     student_vocab_rows = None if settings.student is None else settings.student.vocab_rows
 
     def read(answer: pb.ScoreResponse, asked: CheckedRequest, endpoint: str) -> ScoreArrays:
@@ -144,6 +149,7 @@ def _checks(settings: ClientSettings, manifest: Manifest, canary: Canary) -> Che
     return Checks(
         manifest=manifest,
         canary=canary,
+        identity=identity,
         read=read,
         connect_timeout_s=settings.connect_timeout_s,
         timeout_s=settings.timeout_s,

@@ -6,11 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from protos.arrays import Float32Array
-from trainer.errors import ConfigError
+from protos.credential_files import CredentialFileError
+from trainer.errors import ConfigError, TeacherCredentialsError
 from trainer.teacher.compatibility import ScoringPlan, StudentInfo
-from trainer.teacher.resolver import Naming, Resolve, check_endpoints
+from trainer.teacher.credentials import Credentials, Identity, is_loopback
+from trainer.teacher.resolver import Naming, Resolve, check_endpoints, split_endpoint
 from trainer.teacher.retry import RetryPolicy
+
+_log = structlog.get_logger(__name__)
+
+CREDENTIAL_FILE = "CREDENTIAL_FILE"
+"""Reason of a failure before anything was sent: a token or TLS file can't be used."""
 
 _TIMES = (
     "timeout_s",
@@ -45,6 +54,7 @@ class ClientSettings:
     canary_reference: Float32Array | None
     report_period_s: float
     resolve: Resolve
+    credentials: Credentials
 
     def __post_init__(self) -> None:
         check_endpoints(self.endpoints)
@@ -70,6 +80,30 @@ class ClientSettings:
         if not isinstance(self.endpoints, str):
             return None
         return Naming(name=self.endpoints, resolve=self.resolve, period_s=self.resolve_period_s)
+
+    def identity(self) -> Identity:
+        """What the client shows from now on.
+
+        Raises:
+            TeacherCredentialsError: a file can't be used.
+        """
+        known_as = split_endpoint(self.endpoints)[0] if isinstance(self.endpoints, str) else None
+        try:
+            identity = Identity(self.credentials, known_as=known_as)
+        except CredentialFileError as exc:
+            raise TeacherCredentialsError(f"{exc}", endpoint=self.where, reason=CREDENTIAL_FILE) from exc
+        hosts = {split_endpoint(one)[0] for one in self._listed}
+        if identity.sends_token and not identity.is_private and not all(map(is_loopback, hosts)):
+            _log.warning(
+                "the token and all token ids travel in plain text; set actor_rollout_ref.teacher.tls.ca where others "
+                "share the network",
+                endpoints=self.where,
+            )
+        return identity
+
+    @property
+    def _listed(self) -> Sequence[str]:
+        return [self.endpoints] if isinstance(self.endpoints, str) else self.endpoints
 
     @property
     def where(self) -> str:

@@ -25,6 +25,7 @@ from trainer.errors import (
 from trainer.teacher.canary import Canary
 from trainer.teacher.channel import Endpoint
 from trainer.teacher.compatibility import check_unchanged
+from trainer.teacher.credentials import Identity
 from trainer.teacher.failures import NOT_SERVING, not_serving
 from trainer.teacher.replica import Read, Replica, ReplicaState
 from trainer.teacher.retry import RetryPolicy
@@ -45,6 +46,8 @@ class Checks:
     """The one that was checked on entering."""
     canary: Canary
     """The sequence with a known answer."""
+    identity: Identity
+    """What the client shows."""
     read: Read
     """Checks answers."""
     connect_timeout_s: float
@@ -97,7 +100,9 @@ class Supervisor:
     async def _one_connection(self) -> None:
         """From the first word to the last; returns when a quarantine is over, raises what ended it otherwise."""
         checks = self._checks
-        async with Endpoint.for_manifest(self._name, connect_timeout_s=checks.connect_timeout_s) as endpoint:
+        async with Endpoint.for_manifest(
+            self._name, connect_timeout_s=checks.connect_timeout_s, identity=checks.identity
+        ) as endpoint:
             try:
                 if not await endpoint.is_serving(timeout_s=checks.connect_timeout_s):
                     raise not_serving(self._name)
@@ -106,7 +111,7 @@ class Supervisor:
                 await self._quarantine(endpoint, error)
                 return
         async with Endpoint.for_scoring(
-            self._name, checks.manifest, connect_timeout_s=checks.connect_timeout_s
+            self._name, checks.manifest, connect_timeout_s=checks.connect_timeout_s, identity=checks.identity
         ) as endpoint:
             try:
                 await self._check_canary(endpoint)

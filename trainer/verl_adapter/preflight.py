@@ -20,6 +20,7 @@ from protos.manifest import SPECIAL_ROLES, Manifest
 from trainer.config import GKDConfig, Mode
 from trainer.errors import ConfigError, DatasetError
 from trainer.teacher import StudentInfo, TeacherClient, check_compatibility
+from trainer.verl_adapter.teachers import credentials_of
 
 _log = structlog.get_logger(__name__)
 REWARD_MODEL_COLUMN = "reward_model"
@@ -50,6 +51,7 @@ def preflight(config: DictConfig, gkd: GKDConfig, user_keys: Set[str]) -> Checke
         ConfigError: the student or the trainer mode does not work.
         DatasetError: a data file is missing or lacks columns.
         TeacherUnavailableError: no teacher answers.
+        TeacherCredentialsError: the teacher does not accept the token, or its certificate is not the right one.
         TeacherMismatchError: the teacher does not fit the student.
     """
     _choose_validation(config, user_keys)
@@ -217,6 +219,7 @@ def fit_to_teachers(
 
     Raises:
         TeacherUnavailableError: a teacher does not answer.
+        TeacherCredentialsError: a teacher does not accept the token, or its certificate is not the right one.
         TeacherMismatchError: a teacher does not fit.
     """
     manifests = asyncio.run(_fetch_manifests(gkd))
@@ -245,6 +248,7 @@ async def _fetch_manifests(gkd: GKDConfig) -> Mapping[str, Manifest]:
             timeout_s=settings.timeout_s,
             connect_timeout_s=settings.connect_timeout_s,
             wait_ready_s=settings.max_wait_s,
+            credentials=credentials_of(settings),
         ) as teacher:
             manifests[name] = teacher.manifest
     return manifests

@@ -7,10 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from trainer.config import GKDConfig
-from trainer.errors import TeacherError, TeacherUnavailableError
-from trainer.teacher import ScoringPlan, TeacherClient
+from trainer.config import GKDConfig, TeacherConfig
+from trainer.errors import TeacherCredentialsError, TeacherError, TeacherUnavailableError
+from trainer.teacher import Credentials, ScoringPlan, TeacherClient, TlsFiles
 from trainer.types import TeacherScores
+
+_RECONNECT_DELAY_S = 1.0
+"""Between two attempts to reach a teacher that fail at once."""
 
 
 @dataclass
@@ -85,10 +88,11 @@ class Teachers:
                     client = self._client(teacher)
                     await client.__aenter__()
                     teacher.client = client
-                except TeacherUnavailableError:
-                    # it was there before the run began: it is being restarted
+                except (TeacherCredentialsError, TeacherUnavailableError):
+                    # it was there before the run began: it is being restarted, or credentials are being changed
                     if self._settings.on_failure == "degrade" or time.monotonic() >= give_up_at:
                         raise
+                    await asyncio.sleep(_RECONNECT_DELAY_S)
             return teacher.client
 
     def _client(self, teacher: _Teacher) -> TeacherClient:
@@ -103,7 +107,17 @@ class Teachers:
             hedge_percentile=settings.hedge_percentile,
             plan=self._plan,
             expected_digest=teacher.digest,
+            credentials=credentials_of(settings),
         )
+
+
+def credentials_of(settings: TeacherConfig) -> Credentials:
+    """What the run shows to its teachers."""
+    tls = settings.tls
+    return Credentials(
+        tls=None if tls.ca is None else TlsFiles(ca=tls.ca, cert=tls.cert, key=tls.key, server_name=tls.server_name),
+        token_file=settings.token_file,
+    )
 
 
 def _serves(client: TeacherClient | None) -> bool:
