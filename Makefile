@@ -34,7 +34,7 @@ types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
 test: lint types ## Check style and types, then run all tests but those marked e2e: faults without training too
-	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration tests/e2e/test_faults.py -m "not e2e"
+	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration tests/security tests/e2e/test_faults.py -m "not e2e"
 
 # Two at a time: a run starts one process after the other, on one core.
 test-e2e: $(INSTALLED) ## Run the end-to-end tests, those marked e2e: verl, Ray and vLLM together

@@ -50,10 +50,13 @@ def open_admission(
 class Job:
     """Holds a place until it is told to leave."""
 
-    def __init__(self, admission: Admission, num_tokens: int, *, client: str = "", price: Price = FREE) -> None:
+    def __init__(
+        self, admission: Admission, num_tokens: int, *, client: str = "", account: str = "", price: Price = FREE
+    ) -> None:
         self.entered = asyncio.Event()
         self.leave = asyncio.Event()
-        self.task = asyncio.create_task(self._run(admission, Demand(num_tokens=num_tokens, client=client, price=price)))
+        demand = Demand(num_tokens=num_tokens, client=client, account=account, price=price)
+        self.task = asyncio.create_task(self._run(admission, demand))
 
     async def _run(self, admission: Admission, demand: Demand) -> None:
         async with admission.admit(demand):
@@ -435,3 +438,32 @@ def test_throughput_forgets() -> None:
     assert rate.tokens_per_s == pytest.approx(1000, rel=0.01)
     rate.passed(0, 80.0)
     assert rate.tokens_per_s == pytest.approx(900, rel=0.01)
+
+
+async def test_an_account_without_a_share_left_is_passed_over() -> None:
+    """Its sequences wait for its own to leave; those of others go by, in the queue and past it."""
+    admission = Admission(
+        AdmissionLimits(
+            max_inflight_requests=3,
+            max_inflight_tokens=100,
+            max_queued_requests=10,
+            max_queued_tokens=100,
+            max_client_inflight_requests=1,
+        )
+    )
+    admission.phase = Phase.SERVING
+    first = Job(admission, 1, account="a", client="a/1")
+    await first.entered.wait()
+    second, third = (Job(admission, 1, account="a", client=f"a/{number}") for number in (2, 3))
+    other = Job(admission, 1, account="b")
+    await other.entered.wait()
+    assert (admission.inflight_requests, admission.queued_requests) == (2, 2)
+    first.leave.set()
+    await second.entered.wait()
+    assert not third.entered.is_set()
+    second.leave.set()
+    await third.entered.wait()
+    for one in (third, other):
+        one.leave.set()
+    await asyncio.gather(*(one.task for one in (first, second, third, other)))
+    assert (admission.inflight_requests, admission.inflight_tokens, admission.queued_requests) == (0, 0, 0)

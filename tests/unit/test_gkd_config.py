@@ -13,6 +13,8 @@ import trainer.config
 from trainer.config import GKDConfig, Mode, check_conflicts
 from trainer.config.gkd import ActorConfig, DataConfig, TeacherConfig, TrainerConfig
 from trainer.errors import ConfigError
+from trainer.teacher import Credentials, TlsFiles
+from trainer.verl_adapter.teachers import credentials_of
 
 YAML = Path(trainer.config.__file__).parent / "ppo_trainer.yaml"
 
@@ -46,6 +48,38 @@ def test_yaml_and_code_agree_on_keys_and_defaults(path: str, model: type[BaseMod
     """Every key of the YAML is one of the model's, with the same default, and none is missing."""
     section = OmegaConf.to_container(OmegaConf.select(OmegaConf.load(YAML), path))
     assert section == model().model_dump()
+
+
+def test_tls_and_token_are_paths_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of Ray may stand in another folder; the public authorities are no path."""
+    monkeypatch.chdir(tmp_path)
+    teacher = GKDConfig.read(_config(teacher={"tls": {"ca": "ca.pem"}, "token_file": "token"})).teacher
+    assert (teacher.tls.ca, teacher.token_file) == (f"{tmp_path / 'ca.pem'}", f"{tmp_path / 'token'}")
+    assert GKDConfig.read(_config(teacher={"tls": {"ca": "system"}})).teacher.tls.ca == "system"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"tls": {"cert": "c", "ca": "a"}}, "cert and key belong together"),
+        ({"tls": {"server_name": "teacher"}}, "ca is null, so nothing would be encrypted"),
+        ({"tls": {"kee": "k"}}, "did you mean actor_rollout_ref.teacher.tls.key?"),
+        ({"token": "t"}, "did you mean actor_rollout_ref.teacher.token_file?"),
+    ],
+)
+def test_half_a_security_setting_is_refused(teacher: dict[str, Any], said: str) -> None:
+    """Nobody shall believe that something is encrypted that is not."""
+    with pytest.raises(ConfigError) as caught:
+        GKDConfig.read(_config(teacher=teacher))
+    assert said in str(caught.value)
+
+
+def test_preflight_and_workers_show_the_same(tmp_path: Path) -> None:
+    """Every key reaches the client."""
+    tls = {name: f"{tmp_path / name}" for name in ("ca", "cert", "key")} | {"server_name": "teacher"}
+    teacher = GKDConfig.read(_config(teacher={"tls": tls, "token_file": f"{tmp_path / 'token'}"})).teacher
+    assert credentials_of(teacher) == Credentials(tls=TlsFiles(**tls), token_file=f"{tmp_path / 'token'}")
+    assert credentials_of(GKDConfig.read(_config()).teacher) == Credentials()
 
 
 GKD_GRPO = {"use_teacher_kl_loss": True}

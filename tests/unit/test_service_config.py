@@ -86,6 +86,8 @@ def test_an_unknown_variable_fails_with_the_nearest_name(
         ({"max_inflight_tokens": 10**7}, ("max_queued_tokens is 4194304", "10000000", "raise")),
         ({"engine": "vllm"}, ("engine vllm needs a model", "--model PATH")),
         ({"max_model_length": 3}, ("max_model_length is no setting",)),
+        ({"max_client_inflight_requests": 0}, ("--max-client-inflight-requests", "is 0:")),
+        ({"tls_cert": "c"}, ("--tls-cert is given without --tls-key",)),
     ],
 )
 def test_a_value_out_of_range_names_flag_value_and_rule(flags: dict[str, object], parts: tuple[str, ...]) -> None:
