@@ -230,7 +230,10 @@ class FollowedFiles(Generic[T]):
         """Read all files as they are at one moment, and when that was."""
         for _ in range(_MAX_READS):
             stamp = self._stamp_now()
-            value = self._load()
+            try:
+                value = self._load()
+            except OSError as exc:  # gone or changed between two looks at it
+                raise CredentialFileError(f"{', '.join(map(str, self._paths))} can't be read: {exc}") from exc
             if stamp == self._stamp_now():
                 break
         return stamp, value

@@ -7,10 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import structlog
+
 from trainer.config import GKDConfig, TeacherConfig
 from trainer.errors import TeacherCredentialsError, TeacherError, TeacherUnavailableError
 from trainer.teacher import Credentials, ScoringPlan, TeacherClient, TlsFiles
+from trainer.teacher.settings import CREDENTIAL_FILE
 from trainer.types import TeacherScores
+
+_log = structlog.get_logger(__name__)
 
 _RECONNECT_DELAY_S = 1.0
 """Between two attempts to reach a teacher that fail at once."""
@@ -88,10 +93,12 @@ class Teachers:
                     client = self._client(teacher)
                     await client.__aenter__()
                     teacher.client = client
-                except (TeacherCredentialsError, TeacherUnavailableError):
+                except (TeacherCredentialsError, TeacherUnavailableError) as error:
                     # it was there before the run began: it is being restarted, or credentials are being changed
-                    if self._settings.on_failure == "degrade" or time.monotonic() >= give_up_at:
+                    is_over = self._settings.on_failure == "degrade" or time.monotonic() >= give_up_at
+                    if is_over or error.reason == CREDENTIAL_FILE:
                         raise
+                    _log.warning("no teacher yet", reason=error.reason, error=str(error))
                     await asyncio.sleep(_RECONNECT_DELAY_S)
             return teacher.client
 
