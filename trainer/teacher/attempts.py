@@ -10,7 +10,7 @@ from time import monotonic
 import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
-from trainer.errors import TeacherError, TeacherMismatchError
+from trainer.errors import TeacherCredentialsError, TeacherError, TeacherMismatchError
 from trainer.teacher.budget import RetryBudget
 from trainer.teacher.failures import gave_up
 from trainer.teacher.hedging import RecentLatencies, race
@@ -173,8 +173,9 @@ class Attempts:
 def _may_try_again(call: Call, error: BaseException) -> bool:
     if is_fault(error):
         return call.num_faults < MAX_FAULTS
-    # A replica that turned out to be another teacher is out; the call is for the others, or waits.
-    return is_retryable(error) or isinstance(error, TeacherMismatchError)
+    # A replica that turned out to be another teacher is out; the call is for the others, or waits. Credentials were
+    # accepted when the client entered, so somebody is changing them: the next attempt shows what the files hold then.
+    return is_retryable(error) or isinstance(error, (TeacherCredentialsError, TeacherMismatchError))
 
 
 def _report_retry(state: RetryCallState) -> None:

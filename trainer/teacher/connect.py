@@ -19,7 +19,7 @@ from trainer.teacher.compatibility import differing_fields, words_of
 from trainer.teacher.credentials import Identity
 from trainer.teacher.failures import NOT_READY, gave_up
 from trainer.teacher.resolver import UNRESOLVED, Naming
-from trainer.teacher.retry import RetryPolicy, failure_of, may_come_up
+from trainer.teacher.retry import RetryPolicy, failure_of, is_retryable
 
 _log = structlog.get_logger(__name__)
 
@@ -134,7 +134,7 @@ class _Contact(Generic[T]):
             TeacherError: the patience is over, or another attempt can't help.
         """
         retrying = AsyncRetrying(
-            retry=retry_if_exception(may_come_up),
+            retry=retry_if_exception(is_retryable),
             wait=self._delay_s,
             stop=self._is_over,
             before_sleep=self._report,
@@ -144,7 +144,7 @@ class _Contact(Generic[T]):
         try:
             return await retrying(self._attempt)
         except TeacherError as error:
-            if not may_come_up(error):
+            if not is_retryable(error):
                 raise
             raise gave_up(
                 error,

@@ -22,7 +22,7 @@ from trainer.errors import (
 MAX_FAULTS = 3
 """Attempts of one call that may fail inside a teacher or bring an invalid answer: the sequence itself may be why."""
 
-_RETRYABLE = (TeacherUnavailableError, TeacherOverloadedError, TeacherDeadlineError, TeacherCredentialsError)
+_RETRYABLE = (TeacherUnavailableError, TeacherOverloadedError, TeacherDeadlineError)
 _CLASS_BY_CODE: dict[str, type[TeacherError]] = {
     "UNAVAILABLE": TeacherUnavailableError,
     "DEADLINE_EXCEEDED": TeacherDeadlineError,
@@ -86,16 +86,8 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same request may succeed later or elsewhere, as often as it takes.
-
-    Credentials that were accepted once are among it: somebody is changing them.
-    """
+    """Whether the same request may succeed later or elsewhere, as often as it takes."""
     return isinstance(error, _RETRYABLE)
-
-
-def may_come_up(error: BaseException) -> bool:
-    """Whether a teacher that was never reached may be reached soon: what it was told wrong, waiting won't mend."""
-    return is_retryable(error) and not isinstance(error, TeacherCredentialsError)
 
 
 def is_fault(error: BaseException) -> bool:
