@@ -2,6 +2,7 @@
 # Write the locks, every distribution with its hashes. Arguments go to `uv pip compile`, e.g. --upgrade.
 #   tools.lock     programs that set-up and tests call
 #   isolated.lock  what single tests need, apart from the rest
+#   deploy.lock    what checks deploy/, in an environment of its own: `make lint-deploy`
 #   cpu.lock       the CPU environment, less torch and what only torch's CUDA build needs: pip installs torch,
 #                  from whichever build the machine offers
 set -euo pipefail
@@ -15,6 +16,7 @@ compile() {
 
 compile requirements/tools.in --output-file requirements/tools.lock "$@"
 compile requirements/isolated.in --no-deps --output-file requirements/isolated.lock "$@"
+compile requirements/deploy.in --output-file requirements/deploy.lock "$@"
 compile pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
     --no-emit-package gkd --no-emit-package torch --no-emit-package triton \
     --output-file requirements/cpu.lock "$@"
