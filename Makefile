@@ -8,10 +8,11 @@ BIN := .venv/bin
 PROTO := protos/teacher/v1/teacher.proto
 # Touched last, so that an interrupted set-up is not taken for a finished one.
 INSTALLED := .venv/.installed
+INSTALLED_DEPLOY := .venv-deploy/.installed
 # Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
-.PHONY: help setup format lint types test test-e2e demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
+.PHONY: help setup format lint lint-deploy types test test-e2e demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,11 +31,19 @@ lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+lint-deploy: $(INSTALLED_DEPLOY) ## Check deploy/ with yamllint, Kubernetes' schemas and checkov (makes .venv-deploy, 460 MB)
+	tools/deploy/lint.sh
+
+$(INSTALLED_DEPLOY): requirements/deploy.lock | $(INSTALLED)
+	$(BIN)/python -m venv --clear .venv-deploy
+	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps -r requirements/deploy.lock
+	@touch $@
+
 types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
 test: lint types ## Check style and types, then run all tests but those marked e2e: faults without training too
-	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration tests/security tests/e2e/test_faults.py -m "not e2e"
+	$(BIN)/pytest tests/unit tests/conformance tests/contract tests/integration tests/security tests/deploy tests/e2e/test_faults.py -m "not e2e"
 
 # Two at a time: a run starts one process after the other, on one core.
 test-e2e: $(INSTALLED) ## Run the end-to-end tests, those marked e2e: verl, Ray and vLLM together
@@ -70,5 +79,5 @@ lock: $(INSTALLED) ## Write requirements/*.lock anew from pyproject.toml (UPGRAD
 	UV=$(BIN)/uv requirements/lock.sh $(UPGRADE)
 
 clean: ## Remove the environment, caches and build outputs; runs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info tools/buf/node_modules
+	rm -rf .venv .venv-deploy .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info tools/buf/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
