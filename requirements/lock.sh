@@ -5,6 +5,8 @@
 #   deploy.lock    what checks deploy/, in an environment of its own: `make lint-deploy`
 #   cpu.lock       the CPU environment, less torch and what only torch's CUDA build needs: pip installs torch,
 #                  from whichever build the machine offers
+#   teacher-cpu.lock, trainer-cpu.lock   what the images hold of it, in the same versions
+#   teacher-gpu.lock, trainer-gpu.lock   what the images for GPUs hold, torch included
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=${UV:-uv}
@@ -17,10 +19,13 @@ compile() {
 compile requirements/tools.in --output-file requirements/tools.lock "$@"
 compile requirements/isolated.in --no-deps --output-file requirements/isolated.lock "$@"
 compile requirements/deploy.in --output-file requirements/deploy.lock "$@"
-compile pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
-    --no-emit-package gkd --no-emit-package torch --no-emit-package triton \
-    --output-file requirements/cpu.lock "$@"
-python3 - requirements/cpu.lock <<'PY'
+# Without torch, and without what only its CUDA build needs.
+compile_cpu() {
+    local lock=$1
+    shift
+    compile pyproject.toml --override requirements/cpu-overrides.txt \
+        --no-emit-package gkd --no-emit-package torch --no-emit-package triton --output-file "$lock" "$@"
+    python3 - "$lock" <<'PY'
 import pathlib
 import re
 import sys
@@ -34,3 +39,17 @@ for line in path.read_text().splitlines():
         lines.append(line)
 path.write_text("\n".join(lines) + "\n")
 PY
+}
+
+compile_cpu requirements/cpu.lock --extra cpu --extra dev "$@"
+# The demo is in the trainer's image: with it one sees whether an installation works.
+compile_cpu requirements/teacher-cpu.lock --extra teacher-cpu --constraint requirements/cpu.lock
+compile_cpu requirements/trainer-cpu.lock --extra trainer-cpu --extra demo --constraint requirements/cpu.lock
+# For one platform: CUDA wheels exist for little else, and no override has to keep torch's companions out.
+for service in teacher trainer; do
+    extras=(--extra "$service-gpu")
+    if [ "$service" = trainer ]; then extras+=(--extra demo); fi
+    "$uv" pip compile pyproject.toml "${extras[@]}" --python-platform x86_64-unknown-linux-gnu --python-version 3.11 \
+        --generate-hashes --no-annotate --quiet --no-emit-index-url --no-emit-find-links --no-emit-package gkd \
+        --custom-compile-command "make lock" --output-file "requirements/$service-gpu.lock" "$@"
+done
