@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -183,22 +183,25 @@ def _follow(
             check_running(teacher)
         if new := log.read_new():
             heard_s = time.monotonic()
-            _show_step(progress, task, new[-1])
+            _show_steps(progress, task, new, num_steps=num_steps)
         elif time.monotonic() - heard_s > STEP_TIMEOUT_S:
             raise DemoError(f"no step for {STEP_TIMEOUT_S:.0f} s; {trainer.last_words()}")
         supervisor.pause(POLL_S)
-    log.read_new()
+    last = log.read_new()
     if exit_code != 0:
         check_running(trainer)
     if len(log.steps) != num_steps:
         raise DemoError(f"the trainer reported {len(log.steps)} of {num_steps} steps; {trainer.last_words()}")
-    _show_step(progress, task, log.steps[-1])
+    _show_steps(progress, task, last, num_steps=num_steps)
     return log.steps
 
 
-def _show_step(progress: Progress, task: TaskID, step: StepMetrics) -> None:
-    shown = f"divergence {step.teacher_kl:.3f} nats/token, {step.seconds:.1f} s/step"
-    progress.update(task, completed=step.step, shown=shown)
+def _show_steps(progress: Progress, task: TaskID, steps: Sequence[StepMetrics], *, num_steps: int) -> None:
+    for step in steps:
+        shown = f"divergence {step.teacher_kl:.3f} nats/token, {step.seconds:.1f} s/step"
+        progress.update(task, completed=step.step, shown=shown)
+        if not progress.console.is_terminal:  # a log, in which a bar appears only once it is full
+            progress.console.print(f"step {step.step} of {num_steps}: {shown}", highlight=False)
 
 
 def _take_student(checkpoint: Path, student: Path, *, keep: bool) -> None:

@@ -72,11 +72,12 @@ def trainer_command(
     checkpoints: Path,
     hydra_dir: Path,
 ) -> list[str]:
-    """Distil `student` from the teacher at `endpoint` (`host:port`), leaving the result below `checkpoints`.
+    """Distil `student` from the teacher at `endpoint`, leaving the result below `checkpoints`.
+
+    The endpoint is `host:port`; a name that resolves to several replicas is good for all of them.
 
     All paths absolute: Ray's workers have working directories of their own.
     """
-    host, _, port = endpoint.rpartition(":")
     overrides: Mapping[str, object] = {
         "data.train_files": train_file,
         "data.val_files": validation_file,
@@ -101,8 +102,8 @@ def trainer_command(
         "actor_rollout_ref.rollout.temperature": 1.0,
         "actor_rollout_ref.rollout.max_model_len": PROMPT_TOKENS + RESPONSE_TOKENS,
         "actor_rollout_ref.rollout.max_num_seqs": settings.batch_size,
-        "actor_rollout_ref.teacher.server_ip": host,
-        "actor_rollout_ref.teacher.server_port": port,
+        # quoted as paths are: Hydra would take an IPv6 address for a list
+        "actor_rollout_ref.teacher.endpoints": f"'{endpoint}'",
         "actor_rollout_ref.teacher.num_logprobs": settings.num_logprobs,
         "trainer.device": "cpu",
         "trainer.total_training_steps": settings.steps,

@@ -244,24 +244,24 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         assert folder.summary.exists()
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:1234", "[::1]:1234", "teachers:1234"])
 @pytest.mark.parametrize("name", ["plain", "with space", "a=b,c", "{x}", "it's", "back\\slash", "täst"])
-def test_any_path_survives_hydra(name: str) -> None:
-    """Whatever characters the run's folder has, the trainer gets that folder."""
+def test_any_path_and_address_survive_hydra(name: str, endpoint: str) -> None:
+    """Whatever characters they have, the trainer gets that folder and that teacher."""
     path = Path("/tmp") / name  # noqa: S108 - never made
     command = settings.trainer_command(
         settings.Distillation(),
         student=path,
         train_file=path,
         validation_file=path,
-        endpoint="127.0.0.1:1234",
+        endpoint=endpoint,
         checkpoints=path,
         hydra_dir=path,
     )
     assert command[1:3] == ["-m", "trainer.main_ppo"]
     parsed = {one.key_or_group: one.value() for one in OverridesParser.create().parse_overrides(command[3:])}
     assert parsed["actor_rollout_ref.model.path"] == f"{path}"
-    assert parsed["actor_rollout_ref.teacher.server_ip"] == "127.0.0.1"
-    assert parsed["actor_rollout_ref.teacher.server_port"] == 1234
+    assert parsed["actor_rollout_ref.teacher.endpoints"] == endpoint
     assert parsed["trainer.logger"] == ["console", "file"]
 
 
