@@ -16,11 +16,11 @@ for program in debootstrap docker; do
     command -v "$program" >/dev/null || refuse "$program is missing: apt-get install debootstrap docker.io"
 done
 
-# The mirror that this machine's own packages come from, in either form of apt's sources; Debian's where there is none.
+# The mirror that this machine's own packages come from, in either form of apt's sources.
 mirror=$({ cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list 2>/dev/null || true; } |
     awk '/^URIs: *http/ && $2 ~ /debian\/?$/ { print $2; exit }
          /^deb / { for (i = 2; i < NF; i++) if ($i ~ /^http.*\/debian\/?$/) { print $i; exit } }')
-mirror=${mirror:-http://deb.debian.org/debian}
+[ -n "$mirror" ] || refuse "apt's sources name no Debian mirror over HTTP: this needs one, on Debian or beside its packages"
 
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
