@@ -12,7 +12,7 @@ INSTALLED_DEPLOY := .venv-deploy/.installed
 # Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
-.PHONY: help setup format lint lint-deploy types test test-e2e demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
+.PHONY: help setup format lint lint-deploy types test test-e2e test-docker demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ test: lint types ## Check style and types, then run all tests but those marked e
 # Two at a time: a run starts one process after the other, on one core.
 test-e2e: $(INSTALLED) ## Run the end-to-end tests, those marked e2e: verl, Ray and vLLM together
 	$(BIN)/pytest tests/e2e -m e2e -n 2
+
+# -s: sizes and times are printed as they come.
+test-docker: $(INSTALLED) ## Build the images and run compose.yaml for real (REQUIRE_DOCKER=1: a skip is a failure)
+	$(BIN)/pytest tests/docker -m docker -s
 
 demo: $(INSTALLED) ## Distill a small student from a small teacher, on this machine
 	$(BIN)/python -m examples.sort_digits.demo
