@@ -23,7 +23,8 @@ mirror=$({ cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list 2>/dev/nu
 [ -n "$mirror" ] || refuse "apt's sources name no Debian mirror over HTTP: this needs one, on Debian or beside its packages"
 
 root=$(mktemp -d)
-trap 'rm -rf "$root"' EXIT
+# An interrupted debootstrap leaves the kernel's own file systems mounted there.
+trap 'umount --lazy "$root/proc" "$root/sys" 2>/dev/null || true; rm -rf --one-file-system "$root"' EXIT
 debootstrap --variant=minbase --include=ca-certificates,python-is-python3,python3,python3-pip,python3-venv \
     "$suite" "$root" "$mirror" >"$root.log" 2>&1 ||
     { tail -n 20 "$root.log" >&2; rm -f "$root.log"; refuse "debootstrap failed; its last lines stand above"; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,16 +111,27 @@ def provide_base(docker: Docker) -> None:
     if pull.returncode == 0:
         return
     with docker.timed("stand-in base image"):
-        made = subprocess.run(
-            [ROOT / "docker" / "make-base-image.sh", BASE],
-            env={**os.environ, **docker.environment},
-            capture_output=True,
-            text=True,
-            timeout=BUILD_TIMEOUT_S,
-            check=False,
-        )
-    if made.returncode != 0:
-        refuse(f"{BASE} can't be pulled ({last_line(pull.stderr)}), nor made ({last_line(made.stderr)})")
+        status, errors = make_base(docker)
+    if status != 0:
+        refuse(f"{BASE} can't be pulled ({last_line(pull.stderr)}), nor made ({last_line(errors)})")
+
+
+def make_base(docker: Docker) -> tuple[int, str]:
+    """Exit code and stderr of the script; where this is interrupted, so is all that the script started."""
+    made = subprocess.Popen(
+        [ROOT / "docker" / "make-base-image.sh", BASE],
+        env={**os.environ, **docker.environment},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, errors = made.communicate(timeout=BUILD_TIMEOUT_S)
+    except BaseException:
+        os.killpg(made.pid, signal.SIGTERM)
+        made.wait(START_TIMEOUT_S)
+        raise
+    return made.returncode, errors
 
 
 def last_line(text: str) -> str:
