@@ -255,13 +255,9 @@ def test_times_are_those_of_the_service() -> None:
     assert ServiceSettings.model_fields["drain_timeout_s"].default == DEFAULT_DRAIN_S
 
 
-SETTINGS_TO_COME = {"TEACHER_TLS_CERT", "TEACHER_TLS_KEY", "TEACHER_TOKEN_FILE"}
-"""Of the security settings, which are made at the same time; to be emptied with them."""
-
-
 def test_variables_are_settings_of_the_service(build: list[Manifest]) -> None:
     """The service refuses any other, and would not start."""
-    known = {ENV_PREFIX + name.upper() for name in ServiceSettings.model_fields} | SETTINGS_TO_COME
+    known = {ENV_PREFIX + name.upper() for name in ServiceSettings.model_fields}
     given = {one["name"] for pod in rules.pods(build) for box in pod.containers for one in box.get("env", [])}
     assert {one for one in given if one.startswith(ENV_PREFIX)} - known == set()
 
@@ -297,10 +293,6 @@ async def test_autoscaler_reads_a_metric_of_the_service(build: list[Manifest]) -
         assert METRIC in await service.metrics()
 
 
-KEYS_TO_COME = ("actor_rollout_ref.teacher.tls.", "actor_rollout_ref.teacher.token_file")
-"""Likewise of the trainer."""
-
-
 def test_overrides_are_keys_of_the_trainer(build: list[Manifest]) -> None:
     """Hydra takes every line; the files are read in the order of their names."""
     [overrides] = [one["data"] for one in build if one["metadata"]["name"].startswith("gkd-trainer-overrides")]
@@ -308,8 +300,8 @@ def test_overrides_are_keys_of_the_trainer(build: list[Manifest]) -> None:
     lines = [line for line in lines if line and not line.startswith("#")]
     register_verl_config()
     with initialize_config_dir(str(ROOT / "trainer" / "config"), version_base=None):
-        config = compose("ppo_trainer", overrides=[one for one in lines if not one.startswith(KEYS_TO_COME)])
-    for key in (one.partition("=")[0] for one in lines if not one.startswith(KEYS_TO_COME)):
+        config = compose("ppo_trainer", overrides=lines)
+    for key in (one.partition("=")[0] for one in lines):
         assert OmegaConf.select(config, key) is not None
     assert config.actor_rollout_ref.teacher.endpoints == "gkd-teacher:15555"
 
