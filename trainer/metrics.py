@@ -19,7 +19,7 @@ SELECT_STRATEGY = "gkd/select_strategy"
 STRATEGY_NUMBERS: Mapping[str, float] = {"all": 0.0, "random": 1.0, "best": 2.0, "worst": 3.0}
 TEACHER_KNOWLEDGE = "timing/teacher_knowledge"
 """Seconds that the step waited for the teacher: from when all responses were there, or the step began to want them if
-that was later, to the last answer."""
+that was later, to the last answer or to when the last call was given up."""
 TEACHER_LATENCY_MEAN = "timing/teacher_latency/mean"
 TEACHER_LATENCY_MAX = "timing/teacher_latency/max"
 """Seconds from a request to its answer, retries included."""
@@ -98,28 +98,27 @@ def merge(batches: Sequence[BatchCalls]) -> BatchCalls:
     )
 
 
-def waited_s(calls: Iterable[TeacherCall], *, generated_at_s: float, wanted_at_s: float) -> float:
-    """Seconds that a step waited for the last of `calls`.
+def waited_s(ended_at_s: Iterable[float], *, generated_at_s: float, wanted_at_s: float) -> float:
+    """Seconds that a step waited for the teacher.
 
     Args:
-        calls: those that the step needs.
+        ended_at_s: when each call that the step needs was answered or given up.
         generated_at_s: when the last response was complete, in seconds since the epoch.
         wanted_at_s: when the step began to want them; what came before cost it nothing.
     """
-    last_s = max((one.scored_at_s for one in calls), default=-math.inf)
+    last_s = max(ended_at_s, default=-math.inf)
     return max(0.0, last_s - max(generated_at_s, wanted_at_s))
 
 
 def teacher_metrics(batch: BatchCalls) -> dict[str, float]:
-    """What a step's teacher calls amount to; times and masses are absent where nothing was scored."""
+    """What a step's teacher calls amount to; latencies and masses are absent where nothing was scored."""
     calls = tuple(batch.calls.values())
     tokens = sum(one.scored_tokens for one in calls)
     metrics = {SELECT_RATIO: len(calls) / batch.num_responses, SCORED_TOKENS: float(tokens)}
     if batch.coverage is not None:
-        metrics[TEACHER_COVERAGE] = batch.coverage
+        metrics |= {TEACHER_COVERAGE: batch.coverage, TEACHER_KNOWLEDGE: batch.waited_s}
     if tokens:
         metrics |= {
-            TEACHER_KNOWLEDGE: batch.waited_s,
             TEACHER_LATENCY_MEAN: sum(one.latency_s for one in calls) / len(calls),
             TEACHER_LATENCY_MAX: max(one.latency_s for one in calls),
             TEACHER_TAIL_MASS: sum(one.tail_mass * one.scored_tokens for one in calls) / tokens,

@@ -203,7 +203,7 @@ def test_a_lost_teacher_is_masked_or_ends_the_run_within_its_bound(workspace: Wo
                 f"{ROLLOUT}.max_num_seqs": 2 * BATCH_SIZE,
                 f"{TEACHER}.routes": f"{{kept: [{kept_endpoint}], dying: [{dying_endpoint}]}}",
                 f"{TEACHER}.on_failure": "degrade",
-                f"{TEACHER}.min_coverage": 0.01,
+                f"{TEACHER}.min_coverage": 0,  # a step may have responses of the lost teacher alone
                 f"{TEACHER}.max_wait_s": MAX_WAIT_S,
             }
         ),
@@ -231,13 +231,14 @@ def test_a_lost_teacher_is_masked_or_ends_the_run_within_its_bound(workspace: Wo
     assert degraded
     for step in degraded:  # a step takes what is ready first, so not always half from each
         assert step["gkd/teacher/dying/coverage"] < 1
-        assert step["gkd/teacher/kept/coverage"] == 1
-        assert step["gkd/scored_tokens"] >= step["gkd/teacher/kept/scored_tokens"] > 0
+        assert step.get("gkd/teacher/kept/coverage", 1) == 1
+        assert step["gkd/scored_tokens"] >= step.get("gkd/teacher/kept/scored_tokens", 0)
+    assert any(step.get("gkd/teacher/kept/scored_tokens", 0) > 0 for step in degraded)
     for step in steps:
         # one batch ahead, and never more
         assert 0 <= step["training/off_policy/trajectory_staleness/max"] <= 2
         assert step["timing/teacher_knowledge"] <= MAX_WAIT_S + 1
-        assert step["gkd/teacher_inflight"] >= 1
+        assert step["gkd/scored_tokens"] == 0 or step["gkd/teacher_inflight"] >= 1
         assert math.isfinite(step["actor/grad_norm"])
         assert "actor/pg_loss" in step
     assert workspace.supervisor.stop(kept) == 0

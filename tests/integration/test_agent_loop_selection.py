@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -209,8 +210,11 @@ async def test_a_teacher_error_stays_with_its_response_and_tells_the_trainer(mon
     """The response is not dropped without a word, and the trainer need not wait for the others."""
     bench = Bench(monkeypatch, "all", only=True)
     bench.teacher.error = TeacherFailedError("broken", endpoint="e", reason="R")
+    before = time.time()
     outputs = await _all(bench.start())
-    assert all(one.extra_fields["gkd_teacher_error"] == {"teacher": "teacher", "message": "broken"} for one in outputs)
+    for error in (one.extra_fields["gkd_teacher_error"] for one in outputs):
+        assert before <= error.pop("ended_at_s") <= time.time()
+        assert error == {"teacher": "teacher", "message": "broken"}
     assert bench.tags == {f"u_{i}_0": {"gkd_teacher_lost": "broken"} for i in range(N)}
     assert _scored(outputs) == []
 

@@ -52,6 +52,7 @@ def test_every_operation_keeps_its_description(schema_url: str, tmp_path: Path) 
             *(sys.executable, "-m", "schemathesis.cli", "--config-file", f"{configuration}", "run", schema_url),
             *("--checks", checks, "--max-examples", "200", "--seed", "1"),
         ],
+        cwd=tmp_path,  # it keeps what it found there
         capture_output=True,
         text=True,
         timeout=240,

@@ -22,9 +22,9 @@ from tests.support.steady_calls import steady_calls
 from trainer.errors import ConfigError, TeacherCredentialsError, TeacherError, TeacherUnavailableError
 from trainer.teacher import Credentials, TeacherClient, TlsFiles
 
-BOUND_S = 10.0
+BOUND_S = 30.0
 """For a refusal; the client is told to look for a teacher for CONNECT_S."""
-CONNECT_S = 1.0
+CONNECT_S = 2.5
 SHORT_LIFE_S = 3.0
 """Of a certificate that expires under a service that runs."""
 

@@ -27,7 +27,7 @@ from tests.support.waiting import until
 from trainer.errors import TeacherCredentialsError
 from trainer.teacher import Credentials, RetryPolicy, TeacherClient
 
-BOUND_S = 5.0
+BOUND_S = 20.0
 WRONG = [
     None,
     f"Bearer {OTHER_TOKEN}",

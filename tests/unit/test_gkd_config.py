@@ -166,7 +166,7 @@ def test_unknown_teacher_key_names_the_nearest() -> None:
         ({"gkd_select_strategy": "bset"}, {}, "actor.gkd_select_strategy='bset'"),
         ({}, {"teacher": {"server_port": 0}}, "teacher.server_port=0"),
         ({}, {"teacher": {"on_failure": "ignore"}}, "teacher.on_failure='ignore'"),
-        ({}, {"teacher": {"min_coverage": 0}}, "teacher.min_coverage=0"),
+        ({}, {"teacher": {"min_coverage": -0.1}}, "teacher.min_coverage=-0.1"),
         ({}, {"teacher": {"hedge_percentile": 1.0}}, "teacher.hedge_percentile=1.0"),
         ({}, {"teacher": {"temperature": float("inf")}}, "teacher.temperature=inf"),
         ({}, {"trainer": {"gkd_lambda": 1.5}}, "trainer.gkd_lambda=1.5"),

@@ -57,7 +57,7 @@ def teacher_metrics(*calls: TeacherCall, num_responses: int = 2) -> dict[str, fl
 def test_only_the_wait_after_the_last_response_counts() -> None:
     """A long call hidden behind generation costs the step nothing; the last answer's delay is what it waits for."""
     calls = (_call(0.0, 9.0, 10, 0.1), _call(10.0, 10.5, 30, 0.5))
-    assert waited_s(calls, generated_at_s=10.0, wanted_at_s=0.0) == pytest.approx(0.5)
+    assert waited_s([9.0, 10.5], generated_at_s=10.0, wanted_at_s=0.0) == pytest.approx(0.5)
     metrics = teacher_metrics(*calls)
     assert metrics["timing/teacher_knowledge"] == pytest.approx(0.5)
     assert metrics["timing/teacher_latency/max"] == pytest.approx(9.0)
@@ -66,9 +66,9 @@ def test_only_the_wait_after_the_last_response_counts() -> None:
 
 def test_what_came_before_the_step_wanted_it_is_not_waited_for() -> None:
     """Not scores that were there before the last response, nor calls that an asynchronous step never saw."""
-    assert waited_s([_call(0.0, 9.0, 10, 0.1)], generated_at_s=10.0, wanted_at_s=0.0) == 0
-    assert waited_s([_call(0.0, 9.0, 10, 0.1)], generated_at_s=1.0, wanted_at_s=20.0) == 0
-    assert waited_s([_call(0.0, 9.0, 10, 0.1)], generated_at_s=1.0, wanted_at_s=8.0) == pytest.approx(1.0)
+    assert waited_s([9.0], generated_at_s=10.0, wanted_at_s=0.0) == 0
+    assert waited_s([9.0], generated_at_s=1.0, wanted_at_s=20.0) == 0
+    assert waited_s([9.0], generated_at_s=1.0, wanted_at_s=8.0) == pytest.approx(1.0)
     assert waited_s([], generated_at_s=1.0, wanted_at_s=8.0) == 0
 
 
@@ -117,6 +117,13 @@ def test_ratio_counts_responses() -> None:
 def test_no_calls_give_no_times() -> None:
     """What was not measured is absent; that nothing was scored is known."""
     assert teacher_metrics(num_responses=4) == {"gkd/select_ratio": 0.0, "gkd/scored_tokens": 0.0}
+
+
+def test_a_wait_in_vain_is_a_wait() -> None:
+    """A step none of whose calls was answered has waited for all of them."""
+    metrics = _teacher_metrics(_batch(failed=("t", "t"), waited=6.0))
+    assert metrics["timing/teacher_knowledge"] == 6.0
+    assert metrics["gkd/teacher_coverage"] == 0.0
 
 
 def test_loss_sums_become_means_over_tokens() -> None:

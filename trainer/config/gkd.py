@@ -145,7 +145,7 @@ class TeacherConfig(BaseModel):
     on_failure: OnFailure = "wait"
     """What becomes of a response that the teacher can't score: `wait` tries for max_wait_s, then saves a checkpoint and
     ends the run; `fail` does so after timeout_s; `degrade` goes on without its distillation term (GKD + GRPO only)."""
-    min_coverage: float = Field(default=0.5, gt=0, le=1)
+    min_coverage: float = Field(default=0.5, ge=0, le=1)
     """Under `degrade`, the share of the selected responses that must be scored in each step; below it the run ends."""
     hedge_percentile: float | None = Field(default=None, gt=0.5, lt=1)
     """Ask a second replica once a request has taken longer than this share of the recent ones; null: never."""

@@ -176,7 +176,7 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
             )
         except TeacherError as exc:
             # raising here would drop the response from the batch without a word; the trainer decides instead
-            output.extra_fields[TEACHER_ERROR] = {"teacher": name, "message": str(exc)}
+            output.extra_fields[TEACHER_ERROR] = {"teacher": name, "message": str(exc), "ended_at_s": time.time()}
             return None
         call = TeacherCall(
             teacher=name,

@@ -29,12 +29,13 @@ def collect_calls(batch: KVBatchMeta, *, wanted_at_s: float) -> BatchCalls:
     # a list, a stack or an array, depending on the queue's backend
     extras = {key: getattr(one, "data", one) for key, one in zip(batch.keys, list(fields["extra_fields"]), strict=True)}
     calls = {key: TeacherCall(**one[TEACHER_CALL]) for key, one in extras.items() if TEACHER_CALL in one}
+    failures = {key: one[TEACHER_ERROR] for key, one in extras.items() if TEACHER_ERROR in one}
     return BatchCalls(
         calls=calls,
-        failed={key: one[TEACHER_ERROR]["teacher"] for key, one in extras.items() if TEACHER_ERROR in one},
+        failed={key: one["teacher"] for key, one in failures.items()},
         num_responses=len(extras),
         waited_s=waited_s(
-            calls.values(),
+            [*(one.scored_at_s for one in calls.values()), *(one["ended_at_s"] for one in failures.values())],
             generated_at_s=max(one[GENERATED_AT] for one in extras.values()),
             wanted_at_s=wanted_at_s,
         ),
