@@ -1,4 +1,4 @@
-"""`python -m teacher_service serve|bench …`: the command line."""
+"""`python -m teacher_service serve|check|bench …`: the command line."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def build_app() -> typer.Typer:
     )
     serve.__signature__ = _signature_from_settings()  # type: ignore[attr-defined] # typer reads it
     app.command()(serve)
+    app.command()(check)
     app.command()(bench)
     return app
 
@@ -55,8 +56,61 @@ def serve(**flags: Any) -> None:
     run_service(settings, _build_engine)
 
 
+Endpoint = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the teacher serves gRPC.")]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(help="PEM file of the CA that signed the teacher's certificate, or system; unset: plain text."),
+]
+TlsCert = Annotated[Path | None, typer.Option(help="PEM file of a certificate to show.")]
+TlsKey = Annotated[Path | None, typer.Option(help="PEM file of its private key.")]
+TlsServerName = Annotated[
+    str | None, typer.Option(help="Name that the teacher's certificate must have; unset: the endpoint's own.")
+]
+TokenFile = Annotated[Path | None, typer.Option(help="File whose first line is the token to send.")]
+
+
+def check(
+    endpoint: Endpoint,
+    student: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Folder or hub id of a student that the teacher must fit.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 10.0,
+    repeats: Annotated[int, typer.Option(help="Sequences to time.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_server_name: TlsServerName = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Check a running teacher from this machine: connection, TLS, token, health, manifest, one sequence, latency."""
+    from teacher_service.check.checks import CheckSettings
+    from teacher_service.check.command import run_check
+    from teacher_service.check.student import read_student
+    from teacher_service.transports.caller_credentials import CallerCredentials
+
+    try:
+        settings = CheckSettings(
+            endpoint=endpoint,
+            student=None if student is None else read_student(student),
+            credentials=CallerCredentials(
+                tls_ca=tls_ca,
+                tls_cert=tls_cert,
+                tls_key=tls_key,
+                tls_server_name=tls_server_name,
+                token_file=token_file,
+            ),
+            timeout_s=timeout_s,
+            repeats=repeats,
+        )
+        exit_code = run_check(settings, as_json=json)
+    except SettingsError as exc:
+        _fail(exc, EXIT_USAGE)
+    sys.exit(exit_code)
+
+
 def bench(
-    endpoint: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the teacher serves gRPC.")],
+    endpoint: Endpoint,
     sequences: Annotated[int, typer.Option(help="Sequences to score at each concurrency.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
     response_tokens: Annotated[int, typer.Option(help="Tokens of a response; these are scored.")] = 512,
@@ -76,16 +130,11 @@ def bench(
         typer.Option(help="Of the token ids; unset: a new one, so that no cache knows them from an earlier run."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the results as JSON; - for stdout.")] = None,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(help="PEM file of the CA that signed the teacher's certificate, or system; unset: plain text."),
-    ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate to show.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
-    tls_server_name: Annotated[
-        str | None, typer.Option(help="Name that the teacher's certificate must have; unset: the endpoint's own.")
-    ] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File whose first line is the token to send.")] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_server_name: TlsServerName = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Measure a running teacher: throughput, latency and size of the answers at each concurrency."""
     # here, so that --help and a wrong flag answer without loading grpc

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from protos.manifest import SPECIAL_ROLES, TokenizerManifest
 from teacher_service.errors import EngineStartError
@@ -159,13 +159,20 @@ def tokenizer_manifest(directory: Path) -> TokenizerManifest | None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        vocabulary: dict[str, int] = tokenizer.get_vocab()
-        ids = {role: getattr(tokenizer, f"{role}_token_id") for role in SPECIAL_ROLES}
-        return TokenizerManifest.from_vocabulary(
-            vocabulary, {role: token_id for role, token_id in ids.items() if token_id is not None}
-        )
+        return manifest_of_tokenizer(AutoTokenizer.from_pretrained(directory, local_files_only=True))
     except Exception as exc:
         raise EngineStartError(
             f"the tokenizer in {directory} can't be loaded: {exc}; repair or remove its files"
         ) from exc
+
+
+def manifest_of_tokenizer(tokenizer: Any) -> TokenizerManifest:
+    """What a tokenizer of transformers maps.
+
+    Raises:
+        ValueError: it has no token.
+    """
+    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in SPECIAL_ROLES}
+    return TokenizerManifest.from_vocabulary(
+        tokenizer.get_vocab(), {role: token_id for role, token_id in ids.items() if token_id is not None}
+    )

@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2  # type: ignore[import-untyped] # googleapis ships no stubs
+from grpc_health.v1 import health, health_pb2
 from grpc_status import rpc_status
 
 from protos.arrays import Int32Array, ScoreArrays
@@ -148,6 +149,17 @@ class TeacherCaller:
         with self._contract_kept("manifest"):
             return manifest_from_pb(pb.GetManifestResponse.FromString(payload).manifest)
 
+    async def check_health(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
+        """The state of the teacher's health service, e.g. `SERVING`.
+
+        Raises:
+            CallError: no teacher answers.
+        """
+        payload = await self._call("Check", health_pb2.HealthCheckRequest(), timeout_s, service=health.SERVICE_NAME)
+        with self._contract_kept("health"):
+            state = health_pb2.HealthCheckResponse.FromString(payload).status
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(state))
+
     async def score(self, call: ScoreCall, *, manifest: Manifest, timeout_s: float) -> ScoreAnswer:
         """Score one sequence.
 
@@ -181,9 +193,9 @@ class TeacherCaller:
             payload_bytes=len(payload),
         )
 
-    async def _call(self, method: str, request: Message, timeout_s: float) -> bytes:
+    async def _call(self, method: str, request: Message, timeout_s: float, service: str = _SERVICE) -> bytes:
         # as bytes, not by the stub: the size and the cost of unpacking are of interest
-        call = self._channel.unary_unary(f"/{_SERVICE}/{method}", request_serializer=None, response_deserializer=None)
+        call = self._channel.unary_unary(f"/{service}/{method}", request_serializer=None, response_deserializer=None)
         try:
             payload: bytes = await call(request.SerializeToString(), timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as exc:

@@ -27,7 +27,7 @@ FORBIDDEN = {
 LAYERS: Mapping[str, tuple[frozenset[str], ...]] = {
     "teacher_service": (
         frozenset({"__main__"}),
-        frozenset({"bench", "server"}),
+        frozenset({"bench", "check", "server"}),
         frozenset({"transports"}),
         frozenset({"scoring"}),
         frozenset({"admission", "dedupe", "engine", "validation"}),
