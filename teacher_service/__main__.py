@@ -198,9 +198,11 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 async def _serve(settings: ServiceSettings, build_engine: Callable[[ServiceSettings], Engine]) -> int:
     # here, so that --help and a wrong flag answer without loading grpc
+    from protos.tracing import start_tracing
     from teacher_service.server import TeacherServer, run_until_signalled
     from teacher_service.telemetry import Telemetry, build_logger
 
+    start_tracing("gkd-teacher")
     telemetry = Telemetry(build_logger(level=settings.log_level, log_format=settings.log_format))
     return await run_until_signalled(TeacherServer(settings, build_engine(settings), telemetry))
 

@@ -7,15 +7,17 @@ import enum
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TextIO
 
 import structlog
+from opentelemetry.trace import Span, SpanKind
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from structlog.typing import FilteringBoundLogger, Processor
 
+from protos import tracing
 from teacher_service.errors import ClientGoneError, InternalError, TeacherServiceError
 
 REASON_OK = "OK"
@@ -55,10 +57,16 @@ class RequestRecord:
     """Seconds waiting for admission."""
     engine_s: float = 0.0
     """Seconds in the engine."""
+    received_bytes: int = 0
+    """Of the request's message or body."""
+    sent_bytes: int = 0
+    """Of the answer's."""
     encode_s: float = 0.0
     """Seconds turning arrays into bytes."""
     source: AnswerSource = AnswerSource.COMPUTED
     """Where its answer comes from."""
+    waiting_since_s: float | None = None
+    """When it began to wait for admission, by `time.perf_counter`; None: it never did."""
     reason: str = REASON_OK
     """How it ended: OK, CANCELLED, or an error's reason."""
 
@@ -78,6 +86,7 @@ class Progress:
         admitted_s = until_s if self.admitted_s is None else self.admitted_s
         record.queue_s = max(0.0, admitted_s - since_s)
         record.engine_s = max(0.0, until_s - max(admitted_s, since_s))
+        record.waiting_since_s = since_s
 
 
 def build_logger(*, level: str, log_format: str, file: TextIO = sys.stderr) -> FilteringBoundLogger:
@@ -119,6 +128,10 @@ class Telemetry:
         self._tokens_scored = Counter(
             "teacher_tokens_scored_total", "Positions that were scored and answered.", registry=self.registry
         )
+        self._received = Counter(
+            "teacher_received_bytes_total", "Bytes of requests to score, before transport.", registry=self.registry
+        )
+        self._sent = Counter("teacher_sent_bytes_total", "Bytes of answers, before transport.", registry=self.registry)
         deduplicated = Counter(
             "teacher_deduplicated_requests_total",
             "Repeated requests that were not computed again: `joined` one under way, or answered from the `cache`.",
@@ -148,17 +161,31 @@ class Telemetry:
         self._engine_info.labels(engine, route).set(1)
 
     @contextmanager
-    def request(self, method: str) -> Iterator[RequestRecord]:
-        """Follow one request: fill in the record inside; metrics and a log line follow at the end.
+    def request(self, method: str, carrier: Mapping[str, str] | None = None) -> Iterator[RequestRecord]:
+        """Follow one request: fill in the record inside; metrics, a log line and spans follow at the end.
+
+        Args:
+            method: its name.
+            carrier: its metadata or headers, which may hold a trace's context.
 
         Raises:
             InternalError: something unexpected was raised inside; it is logged with its traceback, and the caller
                 is told the request's id alone.
         """
         record = RequestRecord(method=method)
+        with tracing.span(f"teacher {method}", carrier=carrier or {}, kind=SpanKind.SERVER) as span:
+            try:
+                with self._followed(record):
+                    yield record
+            finally:
+                if span.is_recording():
+                    _describe(span, record)
+
+    @contextmanager
+    def _followed(self, record: RequestRecord) -> Iterator[None]:
         began_s = time.perf_counter()
         try:
-            yield record
+            yield
         except TeacherServiceError as exc:
             record.reason = exc.reason
             raise
@@ -177,6 +204,8 @@ class Telemetry:
 
     def _finish(self, record: RequestRecord, *, total_s: float) -> None:
         self._requests.labels(record.method, record.reason).inc()
+        self._received.inc(record.received_bytes)
+        self._sent.inc(record.sent_bytes)
         if record.source in self._deduplicated:
             self._deduplicated[record.source].inc()
         if record.reason == REASON_OK and record.num_scored:
@@ -190,6 +219,7 @@ class Telemetry:
         log = self.logger.debug if record.reason == REASON_OK else self.logger.info
         log(
             "request",
+            **({} if (trace_id := tracing.trace_id()) is None else {"trace_id": trace_id}),
             method=record.method,
             reason=record.reason,
             source=record.source,
@@ -206,3 +236,20 @@ class Telemetry:
 
     def _histogram(self, name: str, description: str) -> Histogram:
         return Histogram(name, description, buckets=_SECONDS_BUCKETS, registry=self.registry)
+
+
+def _describe(span: Span, record: RequestRecord) -> None:
+    """What a request's span says of it, and where its time went."""
+    span.set_attributes(
+        {
+            "gkd.reason": record.reason,
+            "gkd.request_id": record.request_id,
+            "gkd.source": record.source.value,
+            "gkd.num_tokens": record.num_tokens,
+            "gkd.num_scored": record.num_scored,
+            "gkd.num_logprobs": record.num_logprobs,
+        }
+    )
+    if record.waiting_since_s is not None:
+        tracing.add_past_span("queue", began_s=record.waiting_since_s, seconds=record.queue_s)
+        tracing.add_past_span("engine", began_s=record.waiting_since_s + record.queue_s, seconds=record.engine_s)

@@ -17,7 +17,14 @@ from teacher_service.scoring import Scorer
 from teacher_service.telemetry import Telemetry
 from teacher_service.tls import ServerTls
 from teacher_service.transports import messages
-from teacher_service.transports.grpc_access import Context, TokenInterceptor, caller_of, server_credentials, translated
+from teacher_service.transports.grpc_access import (
+    Context,
+    TokenInterceptor,
+    caller_of,
+    metadata_of,
+    server_credentials,
+    translated,
+)
 from teacher_service.transports.grpc_stream import ScoreStreamSession
 from teacher_service.transports.reflection import enable_reflection
 from teacher_service.transports.sockets import open_socket
@@ -113,22 +120,25 @@ class GrpcTransport:
 
     async def _get_manifest(self, payload: bytes, context: Context) -> bytes:
         async with translated(context):
-            with self._telemetry.request("GetManifest"):
+            with self._telemetry.request("GetManifest", metadata_of(context)):
                 messages.parse(pb.GetManifestRequest, payload)
                 return messages.manifest_response(self._scorer.manifest()).SerializeToString()
 
     async def _score(self, payload: bytes, context: Context) -> bytes:
         async with translated(context):
-            with self._telemetry.request("Score") as record:
+            with self._telemetry.request("Score", metadata_of(context)) as record:
                 caller = caller_of(context, self._access)
                 record.client, record.account = caller.client, caller.account
+                record.received_bytes = len(payload)
                 messages.check_body_size(len(payload), self._scorer.limits.max_request_bytes)
                 message = messages.parse(pb.ScoreRequest, payload)
                 wire_dtype = messages.wire_dtype_of(message)
                 result = await self._scorer.score(
                     messages.request_from_pb(message), timeout_s=context.time_remaining(), record=record
                 )
-                return (await messages.result_to_pb(result, wire_dtype, record)).SerializeToString()
+                answer = (await messages.result_to_pb(result, wire_dtype, record)).SerializeToString()
+                record.sent_bytes = len(answer)
+                return answer
 
     async def _score_stream(self, payloads: AsyncIterator[bytes], context: Context) -> None:
         async with translated(context):

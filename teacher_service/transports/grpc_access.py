@@ -45,9 +45,14 @@ def caller_of(context: Context, access: Access) -> Caller:
     Raises:
         UnauthenticatedError: it needs a token, and has none that is accepted.
     """
-    metadata = dict(context.invocation_metadata() or ())
+    metadata = metadata_of(context)
     account = access.account_of(metadata.get(AUTHORIZATION), _host_of(context))
     return Caller(account=account, client=messages.client_name(metadata.get(messages.CLIENT_KEY), account))
+
+
+def metadata_of(context: Context) -> dict[str, Any]:
+    """The metadata that a call carries."""
+    return dict(context.invocation_metadata() or ())
 
 
 def _host_of(context: Context) -> str:

@@ -18,7 +18,7 @@ from teacher_service.errors import (
 from teacher_service.scoring import Scorer
 from teacher_service.telemetry import RequestRecord, Telemetry
 from teacher_service.transports import messages
-from teacher_service.transports.grpc_access import Caller, Context
+from teacher_service.transports.grpc_access import Caller, Context, metadata_of
 
 MAX_STREAM_ID_LENGTH = 128
 
@@ -86,12 +86,14 @@ class ScoreStreamSession:
     async def _answer(self, payload: bytes) -> None:
         answer = pb.ScoreStreamResponse()
         try:
-            with self._telemetry.request("ScoreStream") as record:
+            with self._telemetry.request("ScoreStream", metadata_of(self._context)) as record:
                 record.client, record.account = self._caller.client, self._caller.account
+                record.received_bytes = len(payload)
                 message = messages.parse(pb.ScoreStreamRequest, payload)
                 answer.id = message.id[:MAX_STREAM_ID_LENGTH]
                 messages.check_body_size(len(payload), self._scorer.limits.max_request_bytes)
                 answer.response.CopyFrom(await self._score(message, record))
+                record.sent_bytes = answer.ByteSize()
         except TeacherServiceError as exc:
             answer.error.CopyFrom(messages.error_to_pb(exc))
         try:

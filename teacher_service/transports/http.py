@@ -162,7 +162,7 @@ class _Handlers:
 
         The header X-Request-Timeout-S bounds the seconds it may take.
         """
-        with self._telemetry.request("POST /v1/score") as record:
+        with self._telemetry.request("POST /v1/score", request.headers) as record:
             host = "" if request.client is None else request.client.host
             record.account = self._access.account_of(request.headers.get(AUTHORIZATION), host)
             record.client = messages.client_name(request.headers.get(messages.CLIENT_KEY), record.account)
@@ -170,8 +170,11 @@ class _Handlers:
             timeout_s = _timeout_s(request, self._scorer.limits.max_timeout_s)
             began_s = time.monotonic()
             body = await _read_body(request, self._scorer.limits.max_request_bytes, timeout_s)
+            record.received_bytes = len(body)
             remaining_s = timeout_s - (time.monotonic() - began_s)
-            return await _unless_hung_up(request, answer_in(self, body, remaining_s, record))
+            answer = await _unless_hung_up(request, answer_in(self, body, remaining_s, record))
+            record.sent_bytes = len(answer.body)
+            return answer
 
     async def score_json(self, body: bytes, timeout_s: float, record: RequestRecord) -> Response:
         result = await self._scorer.score(http_models.parse_body(body), timeout_s=timeout_s, record=record)

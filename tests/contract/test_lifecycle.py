@@ -326,6 +326,9 @@ async def test_metrics_count_what_happened() -> None:
     assert metrics["teacher_tokens_total"] == 16
     for name in ("queue", "engine", "encode"):
         assert metrics[f"teacher_{name}_seconds_count"] == 2
+    request_bytes = len(GOOD.SerializeToString()) + len(score_request([], 1).SerializeToString())
+    assert metrics["teacher_received_bytes_total"] > request_bytes
+    assert metrics["teacher_sent_bytes_total"] > 2 * 4 * 3  # at least a logprob for each position
     assert metrics["teacher_inflight_requests"] == metrics["teacher_queued_requests"] == 0
 
 

@@ -22,6 +22,7 @@ from teacher_service.telemetry import AnswerSource, Telemetry, build_logger
 DOCKER = Path(__file__).parents[2] / "docker"
 DASHBOARD = json.loads((DOCKER / "grafana" / "dashboards" / "gkd.json").read_text())
 RULES = yaml.safe_load((DOCKER / "prometheus" / "alerts.yml").read_text())["groups"]
+OPERATIONS = (DOCKER.parent / "docs" / "operations.md").read_text()
 FROM_PROMETHEUS = {"up": {"instance", "job"}}
 """What Prometheus itself knows of every target."""
 ADDED_LABELS = {"instance", "job"}
@@ -98,6 +99,14 @@ def test_every_metric_is_on_the_dashboard() -> None:
     assert wanted == {name.removesuffix("_bucket") for name in shown}
 
 
+def test_every_metric_is_in_the_docs() -> None:
+    """Under the name that Prometheus has it; and what the docs name exists."""
+    told = set(re.findall(r"\bteacher_\w+\b", OPERATIONS.partition("## What a trainer tells")[0])) - {"teacher_service"}
+    assert told == {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in offered() if name != "up"} - {
+        re.sub(r"_total$", "", name) for name in offered() if name.endswith("_total")
+    }
+
+
 def test_a_rate_is_taken_of_what_only_grows() -> None:
     """The rate of a gauge is a number without meaning."""
     for name, expression in queries():
@@ -115,11 +124,14 @@ def test_alerts_name_reasons_that_exist() -> None:
 
 
 def test_alerts_say_what_to_do() -> None:
-    """Each has a severity, a time that it must hold, a summary and a remedy."""
+    """Each has a severity, a time that it must hold, a summary, a remedy, and a section of its own in the runbook."""
+    sections = re.findall(r"^### (\w+)$", OPERATIONS.partition("## Alerts")[2], re.MULTILINE)
+    assert sections == [rule["alert"] for group in RULES for rule in group["rules"]]
     for rule in (rule for group in RULES for rule in group["rules"]):
         assert rule["labels"]["severity"] in {"warning", "critical"}
         assert rule["for"]
         assert {"summary", "description"} <= rule["annotations"].keys()
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
 
 
 def test_panels_have_room_of_their_own() -> None:

@@ -82,6 +82,7 @@ class Bench:
         self.worker._gkd = GKDConfig(actor=actor, teacher=TeacherConfig(num_logprobs=K, **teacher))
         self.worker._groups = {"u": PromptGroup(N)}
         self.worker._teachers = self.teacher
+        self.worker.config = SimpleNamespace(gkd_run_id="run")
         bench = self
 
         class Plain:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 import structlog
+from opentelemetry.trace import SpanKind
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
+from protos import tracing
 from trainer.errors import TeacherCredentialsError, TeacherError, TeacherMismatchError
 from trainer.teacher.budget import RetryBudget
 from trainer.teacher.failures import gave_up
@@ -138,7 +140,9 @@ class Attempts:
         asked_s = monotonic()
         try:
             # nothing may be awaited between the choice of a replica and this
-            answer = await replica.ask(call.asked, timeout_s=max(min(self._timeout_s, call.left_s), 0.0))
+            with tracing.span("teacher attempt", kind=SpanKind.CLIENT) as span:
+                span.set_attributes({"server.address": replica.name, "gkd.attempt": call.num_attempts})
+                answer = await replica.ask(call.asked, timeout_s=max(min(self._timeout_s, call.left_s), 0.0))
         except TeacherError as error:
             call.last_error = error
             call.num_faults += is_fault(error)

@@ -8,6 +8,7 @@ from typing import Self, TypeVar
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from protos import tracing
 from protos.codec import CodecError, manifest_from_pb
 from protos.manifest import Manifest
 from protos.teacher.v1 import teacher_pb2 as pb
@@ -137,7 +138,7 @@ class Endpoint:
         """
         with self._translated(timeout_s):
             answer: pb.ScoreResponse | None = await self._stub.Score(
-                request, timeout=timeout_s, metadata=self._identity.metadata()
+                request, timeout=timeout_s, metadata=(*self._identity.metadata(), *tracing.metadata())
             )
         return _parsed(answer, self.name)
 

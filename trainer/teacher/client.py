@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from protos import tracing
 from protos.arrays import Float32Array
 from protos.codec import WireDtype
 from protos.manifest import Manifest
@@ -233,8 +234,13 @@ class TeacherClient:
             return_entropy=return_entropy,
         )
         deadline_s = asyncio.get_running_loop().time() + self._settings.total_timeout_s
+        with tracing.span("teacher score") as span:
+            span.set_attributes({"gkd.num_scored": asked.num_scored, "gkd.num_logprobs": num_logprobs})
+            return await self._run(session, Call(asked, affinity=affinity, deadline_s=deadline_s))
+
+    async def _run(self, session: Session, call: Call) -> TeacherScores:
+        asked = call.asked
         joins = asked.key in session.joined
-        call = Call(asked, affinity=affinity, deadline_s=deadline_s)
         try:
             return await session.joined.run(asked.key, partial(session.run, call))
         except TeacherError as error:

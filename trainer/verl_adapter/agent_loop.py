@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
+from protos import tracing
 from trainer.config import REWARD_STRATEGIES, GKDConfig, Mode
 from trainer.errors import TeacherError
 from trainer.metrics import TeacherCall
@@ -29,12 +30,17 @@ from trainer.verl_adapter.teachers import Teachers
 
 GENERATED_AT, TEACHER_CALL, TEACHER_ERROR = "gkd_generated_at_s", "gkd_teacher_call", "gkd_teacher_error"
 """Keys of a response's `extra_fields`: when it was complete; what its teacher call cost, or why it failed, as
-`{"teacher": NAME, "message": TEXT}`. A response that was not selected has neither of the last two."""
+`{"teacher": NAME, "message": TEXT, "ended_at_s": TIME}`. A response that was not selected has neither of the
+last two."""
 LOST_TAG = "gkd_teacher_lost"
 """Tag of a response that the teacher was asked about in vain: why it did not score it."""
 
 # verl hands the worker an actor class; the plain class behind it can be subclassed
 _PlainWorker: type[Any] = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+
+
+TRACED_AS = "gkd-trainer"
+"""What the trainer's spans are said to come from."""
 
 
 @dataclass
@@ -56,6 +62,7 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # verl's signature, passed on whole
         super().__init__(*args, **kwargs)
+        tracing.start_tracing(TRACED_AS)
         self._gkd = GKDConfig.model_validate(OmegaConf.to_container(self.config.gkd, resolve=True))
         self._teachers = Teachers(
             self._gkd,
@@ -168,12 +175,13 @@ class GKDAgentLoopWorker(_PlainWorker):  # type: ignore[misc]  # verl carries no
         name = settings.teacher_for(kwargs.get(settings.route_key))
         asked_at_s = time.time()
         try:
-            scores, num_inflight = await self._teachers.score(
-                name,
-                [*output.prompt_ids, *output.response_ids],
-                score_start=len(output.prompt_ids),
-                affinity=kwargs["uid"],
-            )
+            with tracing.in_step(self.config.gkd_run_id, int(kwargs["global_steps"])):
+                scores, num_inflight = await self._teachers.score(
+                    name,
+                    [*output.prompt_ids, *output.response_ids],
+                    score_start=len(output.prompt_ids),
+                    affinity=kwargs["uid"],
+                )
         except TeacherError as exc:
             # raising here would drop the response from the batch without a word; the trainer decides instead
             output.extra_fields[TEACHER_ERROR] = {"teacher": name, "message": str(exc), "ended_at_s": time.time()}

@@ -81,6 +81,7 @@ def hand_over(config: DictConfig, run: CheckedRun) -> None:
         if gkd.mode is Mode.GRPO:
             return
         config.gkd = gkd.model_dump(mode="json")
+        config.gkd_run_id = uuid.uuid4().hex
         config.gkd_manifest_digests = dict(run.manifest_digests)
         config.gkd_student_vocab_rows = run.student_vocab_rows
         agent = config.actor_rollout_ref.rollout.agent

@@ -8,16 +8,18 @@ from functools import cached_property
 from typing import Any
 
 from omegaconf import OmegaConf, open_dict
+from opentelemetry.trace import Span
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 
+from protos import tracing
 from trainer import metrics as names
 from trainer.config import GKDConfig, Mode
 from trainer.errors import GKDError, TeacherLostError
 from trainer.metrics import BatchCalls, loss_metrics, merge, metrics_per_teacher, teacher_metrics
-from trainer.verl_adapter.agent_loop import LOST_TAG
+from trainer.verl_adapter.agent_loop import LOST_TAG, TRACED_AS
 from trainer.verl_adapter.batch_fields import (
     add_teacher_advantages,
     collect_calls,
@@ -30,6 +32,8 @@ from trainer.verl_adapter.stopping import StoppableMixin
 
 REPLAY_POLL_S = 0.2
 """How often verl looks for finished responses; its own 2 s can be most of a step, and each look costs."""
+TRACED = (names.TEACHER_KNOWLEDGE, names.SCORED_TOKENS, names.TEACHER_COVERAGE)
+"""Metrics that a step's span carries."""
 
 
 class GKDTrainerMixin:
@@ -45,6 +49,8 @@ class GKDTrainerMixin:
     _wanted_at_s: float
     _num_prompts: int
     """Of the batch that is being taken."""
+    _span: Span
+    """Of the step under way."""
     _mixed: MixedData | None = None
 
     @cached_property
@@ -83,6 +89,7 @@ class GKDTrainerMixin:
 
     def on_init_end(self) -> None:
         """Install the loss in the workers."""
+        tracing.start_tracing(TRACED_AS)
         self.replay_buffer.poll_interval = REPLAY_POLL_S
         actor = self.config.actor_rollout_ref.actor
         if not self._gkd.teaches_by_advantages:  # those are for verl's own loss
@@ -147,6 +154,7 @@ class GKDTrainerMixin:
     def on_step_begin(self) -> None:
         """Called by verl before it asks for the step's responses."""
         self._calls = []
+        self._span = tracing.start_step(self.config.gkd_run_id, self.global_steps)
         super().on_step_begin()  # type: ignore[misc]
 
     def on_sample_begin(self) -> None:
@@ -255,6 +263,8 @@ class GKDTrainerMixin:
             for name in [one for one in metrics if one.startswith(names.LOSS_SUMS)]
         }
         metrics.update({name: value for name, value in loss_metrics(sums).items() if name not in metrics})
+        self._span.set_attributes({name: metrics[name] for name in TRACED if name in metrics})
+        self._span.end()
 
 
 class GKDTrainerSync(GKDTrainerMixin, StoppableMixin, PPOTrainerSync):  # type: ignore[misc]
