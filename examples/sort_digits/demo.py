@@ -234,6 +234,9 @@ def main(
     endpoint: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running teacher that serves MODELS/teacher; default: start one.")
     ] = None,
+    metrics_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the trainer offers its metrics to Prometheus.")
+    ] = None,
     keep_checkpoints: Annotated[bool, typer.Option(help="Keep the trainer's own checkpoints.")] = False,
 ) -> None:
     """Make a teacher that sorts digits, serve it, and distil a small student from it."""
@@ -241,7 +244,7 @@ def main(
         raise typer.BadParameter("--endpoint needs --models, the folder whose teacher it serves")
     options = Options(
         output_dir=output_dir,
-        distillation=Distillation(steps=steps, seed=seed),
+        distillation=Distillation(steps=steps, seed=seed, metrics_address=metrics_address),
         models=models.resolve() if models else None,
         endpoint=endpoint,
         keep_checkpoints=keep_checkpoints,

@@ -44,6 +44,8 @@ class Distillation:
     """Top-k entries per position that the teacher sends."""
     seed: int = 0
     """Of the order of questions and of sampling."""
+    metrics_address: str | None = None
+    """`host:port` at which the trainer offers its metrics; None: nowhere."""
 
 
 def teacher_command(model: Path, port_file: Path) -> list[str]:
@@ -115,6 +117,8 @@ def trainer_command(
         "trainer.logger": "[console,file]",
         "hydra.run.dir": hydra_dir,
     }
+    if settings.metrics_address is not None:
+        overrides = {**overrides, "trainer.metrics_address": f"'{settings.metrics_address}'"}
     return [sys.executable, "-m", "trainer.main_ppo", *(f"{key}={_quoted(value)}" for key, value in overrides.items())]
 
 

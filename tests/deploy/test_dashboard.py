@@ -18,6 +18,8 @@ from teacher_service.engine.fake import FakeEngine
 from teacher_service.errors import all_error_classes
 from teacher_service.server import TeacherServer
 from teacher_service.telemetry import AnswerSource, Telemetry, build_logger
+from trainer import metrics
+from trainer.verl_adapter.metrics_port import METRIC, MetricsPort
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DASHBOARD = json.loads((DOCKER / "grafana" / "dashboards" / "gkd.json").read_text())
@@ -43,14 +45,16 @@ def queries() -> list[tuple[str, str]]:
 
 @cache
 def offered() -> dict[str, set[str]]:
-    """Labels by name of every sample that a teacher offers, once it has answered each kind of request."""
+    """Labels by name of every sample of a teacher that has answered each kind of request, and of a trainer's step."""
     telemetry = Telemetry(build_logger(level="error", log_format="json"))
     TeacherServer(ServiceSettings(engine="fake"), FakeEngine(), telemetry)
     telemetry.engine_loaded("fake", "fast")
     for source in AnswerSource:
         with telemetry.request("Score") as record:
             record.source, record.num_scored = source, 1
-    families: list[Metric] = list(telemetry.registry.collect())
+    trainer = MetricsPort("127.0.0.1:0")
+    trainer.update({metrics.TEACHER_KNOWLEDGE: 1.0})
+    families: list[Metric] = [*telemetry.registry.collect(), *trainer.registry.collect()]
     samples = [sample for family in families for sample in family.samples]
     labels: dict[str, set[str]] = {}
     for sample in samples:
@@ -84,6 +88,15 @@ def test_a_query_names_what_exists(name: str, expression: str) -> None:
     assert asked_labels(expression) <= set.union(*(offered()[metric] for metric in metrics))
 
 
+def test_the_trainers_metrics_are_called_as_the_trainer_calls_them() -> None:
+    """They are one metric's label, which nothing registers."""
+    ours = {value for name, value in vars(metrics).items() if name.isupper() and isinstance(value, str)}
+    asked = {name for _, expression in queries() for name in re.findall(METRIC + r'\{name="([^"]+)"', expression)}
+    assert metrics.TEACHER_KNOWLEDGE in asked
+    # tests/e2e look at verl's
+    assert asked - ours <= {"timing_s/step", "actor/pg_loss", "actor/grad_norm", "critic/score/mean"}
+
+
 def test_the_check_notices_a_wrong_name() -> None:
     """Metric and label alike: the tests above would pass on anything otherwise."""
     assert asked_metrics("sum by (le) (rate(teacher_tokens_totl[5m])) / 2") == {"teacher_tokens_totl"}
@@ -101,7 +114,8 @@ def test_every_metric_is_on_the_dashboard() -> None:
 
 def test_every_metric_is_in_the_docs() -> None:
     """Under the name that Prometheus has it; and what the docs name exists."""
-    told = set(re.findall(r"\bteacher_\w+\b", OPERATIONS.partition("## What a trainer tells")[0])) - {"teacher_service"}
+    text = OPERATIONS.partition("## Traces")[0]
+    told = set(re.findall(r"(?<![./\w])(?:teacher|trainer)_\w+\b", text)) - {"teacher_service"}
     assert told == {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in offered() if name != "up"} - {
         re.sub(r"_total$", "", name) for name in offered() if name.endswith("_total")
     }
@@ -164,10 +178,14 @@ def test_grafana_finds_its_data_and_its_dashboard() -> None:
 def test_prometheus_looks_where_teachers_are() -> None:
     """The name that compose gives all teachers, on the port of HTTP, and the rules that lie beside."""
     config = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
-    [scrape] = config["scrape_configs"]
+    scrape, of_trainer = config["scrape_configs"]
     [lookup] = scrape["dns_sd_configs"]
     assert (scrape["job_name"], lookup["port"]) == ("teacher", ServiceSettings(engine="fake").http_port)
     compose = yaml.safe_load((DOCKER.parent / "compose.yaml").read_text())
     for name in ("teacher", "teacher-replica"):
         assert compose["services"][name]["networks"]["private"]["aliases"] == lookup["names"]
+    [lookup] = of_trainer["dns_sd_configs"]
+    command = compose["services"]["trainer"]["command"]
+    assert f"0.0.0.0:{lookup['port']}" == command[command.index("--metrics-address") + 1]
+    assert lookup["names"] == ["trainer"]
     assert [(DOCKER / "prometheus" / file).is_file() for file in config["rule_files"]] == [True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import urllib.request
 
 import pytest
@@ -19,7 +20,15 @@ def test_distillation_on_the_real_stack(workspace: Workspace) -> None:
     """Each step's metrics are right, the rollout follows the weights, the student changes, the teacher agrees."""
     teacher, endpoint, http = workspace.start_teacher("teacher")
     run = workspace.run("distil", endpoint)
-    trainer = workspace.start("trainer", run.command(), run.environment())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics_port = free.getsockname()[1]
+    changes = {"trainer.metrics_address": f"127.0.0.1:{metrics_port}"}
+    trainer = workspace.start("trainer", run.command(changes), run.environment())
+    while not run.steps():
+        assert trainer.exit_code() is None, trainer.last_words()
+        workspace.supervisor.pause(0.05)
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as answer:
+        assert 'trainer_metric{name="timing/teacher_knowledge"}' in answer.read().decode()
     assert workspace.wait(trainer) == [0], trainer.last_words()
 
     steps = run.steps()

@@ -215,6 +215,8 @@ class TrainerConfig(BaseModel):
     """Share of the questions that is on-policy; read where enable_off_policy is true."""
     data_partition_seed: int = Field(default=12345, ge=0)
     """Seed of the split of the questions."""
+    metrics_address: str | None = Field(default=None, pattern=r"^\S+:[0-9]{1,5}$")
+    """`host:port` at which Prometheus finds the metrics of the last step, in the trainer's process; null: nowhere."""
 
 
 class DataConfig(BaseModel):

@@ -27,6 +27,7 @@ from trainer.verl_adapter.batch_fields import (
     write_unused_advantages,
 )
 from trainer.verl_adapter.loss import GKDLoss
+from trainer.verl_adapter.metrics_port import MetricsPortMixin
 from trainer.verl_adapter.off_policy import MixedData
 from trainer.verl_adapter.stopping import StoppableMixin
 
@@ -267,27 +268,27 @@ class GKDTrainerMixin:
         self._span.end()
 
 
-class GKDTrainerSync(GKDTrainerMixin, StoppableMixin, PPOTrainerSync):  # type: ignore[misc]
+class GKDTrainerSync(MetricsPortMixin, GKDTrainerMixin, StoppableMixin, PPOTrainerSync):  # type: ignore[misc]
     """Generation and update take turns."""
 
 
-class GKDTrainerColocateAsync(GKDTrainerMixin, StoppableMixin, PPOTrainerColocateAsync):  # type: ignore[misc]
+class GKDTrainerColocateAsync(MetricsPortMixin, GKDTrainerMixin, StoppableMixin, PPOTrainerColocateAsync):  # type: ignore[misc]
     """They take turns on the same devices, and generation goes on where it was interrupted."""
 
 
-class GKDTrainerSeparateAsync(GKDTrainerMixin, StoppableMixin, PPOTrainerSeparateAsync):  # type: ignore[misc]
+class GKDTrainerSeparateAsync(MetricsPortMixin, GKDTrainerMixin, StoppableMixin, PPOTrainerSeparateAsync):  # type: ignore[misc]
     """Generation and the teacher go on during updates."""
 
 
-class PlainTrainerSync(StoppableMixin, PPOTrainerSync):  # type: ignore[misc]
+class PlainTrainerSync(MetricsPortMixin, StoppableMixin, PPOTrainerSync):  # type: ignore[misc]
     """verl's own, without a teacher."""
 
 
-class PlainTrainerColocateAsync(StoppableMixin, PPOTrainerColocateAsync):  # type: ignore[misc]
+class PlainTrainerColocateAsync(MetricsPortMixin, StoppableMixin, PPOTrainerColocateAsync):  # type: ignore[misc]
     """Likewise."""
 
 
-class PlainTrainerSeparateAsync(StoppableMixin, PPOTrainerSeparateAsync):  # type: ignore[misc]
+class PlainTrainerSeparateAsync(MetricsPortMixin, StoppableMixin, PPOTrainerSeparateAsync):  # type: ignore[misc]
     """Likewise."""
 
 
