@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -47,7 +48,11 @@ def queries() -> list[tuple[str, str]]:
 def offered() -> dict[str, set[str]]:
     """Labels by name of every sample of a teacher that has answered each kind of request, and of a trainer's step."""
     telemetry = Telemetry(build_logger(level="error", log_format="json"))
-    TeacherServer(ServiceSettings(engine="fake"), FakeEngine(), telemetry)
+
+    async def serve_nothing() -> None:  # gRPC wants an event loop already when it is built
+        TeacherServer(ServiceSettings(engine="fake"), FakeEngine(), telemetry)
+
+    asyncio.run(serve_nothing())
     telemetry.engine_loaded("fake", "fast")
     for source in AnswerSource:
         with telemetry.request("Score") as record:
