@@ -31,7 +31,7 @@ lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lint-deploy: $(INSTALLED_DEPLOY) ## Check deploy/ with yamllint, Kubernetes' schemas and checkov (makes .venv-deploy, 460 MB)
+lint-deploy: $(INSTALLED_DEPLOY) ## Check images, compose and deploy/: yamllint, hadolint, Kubernetes' schemas, checkov (makes .venv-deploy, 500 MB)
 	tools/deploy/lint.sh
 
 $(INSTALLED_DEPLOY): requirements/deploy.lock | $(INSTALLED)

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Build every overlay, with and without TLS, and check what comes out. Needs .venv-deploy: `make lint-deploy` makes it.
+# Check the images' recipes, then build every overlay, with and without TLS, and check what comes out. Needs .venv-deploy: `make lint-deploy` makes it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tools=$PWD/.venv-deploy/bin
 built=build/deploy
 
-"$tools/yamllint" --strict --config-file .yamllint deploy
+"$tools/yamllint" --strict --config-file .yamllint deploy docker compose.yaml compose.gpu.yaml
 echo "yamllint: ok"
+
+"$tools/hadolint" docker/*.Dockerfile
+echo "hadolint: ok"
 
 rm -rf "$built"
 mkdir -p "$built"
