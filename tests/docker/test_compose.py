@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from tests.docker.conftest import BUILD_TIMEOUT_S, ROOT, Docker, show
+from tests.support.certificates import Authority
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(2 * BUILD_TIMEOUT_S)]
 
@@ -37,6 +38,7 @@ REQUEST = {
     "num_logprobs": 4,
 }
 """The README's: the answer 12345 to 52413."""
+TOKEN = "a1" * 16
 ASK_EVERY_TEACHER = """
 import asyncio, json, socket
 from trainer.teacher import TeacherClient
@@ -234,6 +236,49 @@ def test_grpcurl_works_from_the_host(stack: Stack) -> None:
     sampled = struct.unpack(f"<{len(raw) // 4}f", raw)
     assert len(sampled) == 6
     assert all(-2.0 < one <= 0.0 for one in sampled)  # the teacher knows how to sort
+
+
+def test_grpcurl_works_with_tls_and_a_token(stack: Stack, tmp_path: Path) -> None:
+    """A teacher of its own, with a certificate and a token file mounted; without them nobody is let in."""
+    authority = Authority(tmp_path, "ca")
+    pair, tokens = authority.sign("teacher"), tmp_path / "tokens"
+    tokens.write_text(f"{TOKEN}\n")
+    for path in (tmp_path, pair.cert, pair.key, tokens):
+        path.chmod(0o755)  # the container's user is another
+    port, name = free_port(), f"{PROJECT}-tls"
+    settings = {
+        "TEACHER_MODEL": "/models/teacher",
+        "TEACHER_MAX_MODEL_LEN": "64",
+        "TEACHER_KV_CACHE_BYTES": "67108864",
+        "TEACHER_TLS_CERT": "/gkd/teacher.pem",
+        "TEACHER_TLS_KEY": "/gkd/teacher.key",
+        "TEACHER_TOKEN_FILE": "/gkd/tokens",
+    }
+    variables = [word for key, value in settings.items() for word in ("--env", f"{key}={value}")]
+    mounts = ["--volume", f"{tmp_path}:/gkd:ro", "--volume", f"{PROJECT}_models:/models:ro"]
+    hardened = ["--read-only", "--cap-drop=ALL", "--tmpfs=/tmp", "--shm-size=256m", "--init"]
+    published = ["--publish", f"127.0.0.1:{port}:15555"]
+    stack.docker("run", "--detach", "--name", name, *hardened, *variables, *mounts, *published, "gkd-teacher:cpu")
+    try:
+        with stack.docker.timed("a teacher with TLS and a token is healthy"):
+            wait_until(lambda: stack.docker("inspect", "--format={{.State.Health.Status}}", name) == "healthy",
+                       TEACHER_TIMEOUT_S, "the teacher with TLS is healthy")  # fmt: skip
+
+        def score(*credentials: str) -> subprocess.CompletedProcess[str]:
+            words = [f"{ROOT}/.venv/bin/grpcurl", "-d", json.dumps(REQUEST), *credentials]
+            where = [f"127.0.0.1:{port}", f"{SERVICE}/Score"]
+            return subprocess.run([*words, *where], capture_output=True, text=True, timeout=60, check=False)
+
+        tls, secret = ("-cacert", f"{authority.cert}"), ("-H", f"authorization: Bearer {TOKEN}")
+        answered = score(*tls, *secret)
+        assert answered.returncode == 0, answered.stderr
+        assert find(json.loads(answered.stdout), "sampledLogprobs")
+        for without, said in ((("-plaintext", *secret), ""), (tls, "Unauthenticated"), (secret, "certificate")):
+            refused = score(*without)
+            assert refused.returncode != 0
+            assert said in refused.stderr
+    finally:
+        stack.docker("rm", "--force", name)
 
 
 def find(message: Any, name: str) -> str:
