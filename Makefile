@@ -12,7 +12,7 @@ INSTALLED_DEPLOY := .venv-deploy/.installed
 # Torch makes this folder when transformers is imported, and nobody removes it: not in /tmp, then.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.venv/torchinductor
 
-.PHONY: help setup format lint lint-deploy types test test-e2e test-docker demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale lock clean
+.PHONY: help setup format lint lint-deploy types test test-e2e test-docker demo protos bench bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-async-accuracy bench-scale lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,7 +59,7 @@ demo: $(INSTALLED) ## Distill a small student from a small teacher, on this mach
 protos: $(INSTALLED) ## Regenerate the stubs of the contract
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-bench: bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-scale ## Run the benchmarks
+bench: bench-loss bench-truncation bench-modes bench-teacher bench-overlap bench-async-accuracy bench-scale ## Run the benchmarks
 
 bench-loss: $(INSTALLED) ## Measure time and memory of the losses (a quarter of an hour on 2 idle cores)
 	$(BIN)/python -m benchmarks.losses
@@ -75,6 +75,9 @@ bench-teacher: $(INSTALLED) ## Measure each way to a teacher's logprobs, vLLM's 
 
 bench-overlap: $(INSTALLED) ## Measure how much of a teacher's time a training step still sees (half an hour on 2 idle cores)
 	$(BIN)/python -m benchmarks.overlap
+
+bench-async-accuracy: $(INSTALLED) ## Measure what asynchronous training costs in accuracy, with three seeds (a quarter of an hour)
+	$(BIN)/python -m benchmarks.async_accuracy
 
 bench-scale: $(INSTALLED) ## Measure what further replicas of a teacher give, and what a lost one costs (three minutes)
 	$(BIN)/python -m benchmarks.scale
