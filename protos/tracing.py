@@ -30,6 +30,8 @@ STEP = "gkd.step"
 
 _W3C = TraceContextTextMapPropagator()
 _TRACE_BYTES, _SPAN_BYTES = 16, 8
+_FLUSH_MS = 3000
+"""A collector that is gone must not hold up the end of a run."""
 _tracer = trace.get_tracer("gkd")
 _next_ids: ContextVar[SpanContext | None] = ContextVar("next_ids", default=None)
 _started = False
@@ -50,6 +52,7 @@ def start_tracing(service_name: str) -> bool:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         os.environ.setdefault("OTEL_SERVICE_NAME", service_name)
+        os.environ.setdefault("OTEL_BSP_SCHEDULE_DELAY", "1000")  # Ray ends its workers without a word
         trace.set_tracer_provider(provider_for(OTLPSpanExporter()))
         _started = True
     return True
@@ -78,6 +81,13 @@ def provider_for(exporter: SpanExporter, *, at_once: bool = False) -> TracerProv
     provider = TracerProvider(id_generator=Ids())
     provider.add_span_processor(SimpleSpanProcessor(exporter) if at_once else BatchSpanProcessor(exporter))
     return provider
+
+
+def flush() -> None:
+    """Send what has ended: for a process that may be killed next."""
+    force_flush = getattr(trace.get_tracer_provider(), "force_flush", None)
+    if force_flush is not None:
+        force_flush(_FLUSH_MS)
 
 
 @contextmanager

@@ -9,21 +9,19 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
-from concurrent import futures
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import grpc
+import httpx
 import pytest
 from opentelemetry import trace
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_grpc
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.util._once import Once
 
 from protos import tracing
 from teacher_service.engine.fake import FakeEngine
+from tests.support.collector import collecting
 from tests.support.service import running_service
 from tests.support.waiting import until
 from trainer.teacher import TeacherClient
@@ -127,21 +125,6 @@ async def test_without_a_collector_nothing_is_sent() -> None:
         assert "trace_id" not in service.log.getvalue()
 
 
-class Collector(otlp_grpc.TraceServiceServicer):
-    """Keeps the names of the spans that come, by service."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[str, str]] = []
-
-    def Export(self, request: otlp.ExportTraceServiceRequest, context: object) -> otlp.ExportTraceServiceResponse:  # noqa: N802
-        """See OTLP."""
-        for resource in request.resource_spans:
-            names = {one.key: one.value.string_value for one in resource.resource.attributes}
-            for scope in resource.scope_spans:
-                self.found += [(names["service.name"], span.name) for span in scope.spans]
-        return otlp.ExportTraceServiceResponse()
-
-
 @asynccontextmanager
 async def served_with(endpoint: str, port_file: Path) -> AsyncIterator[str]:
     """The service as a process, told where the collector is; its HTTP address."""
@@ -170,16 +153,9 @@ async def served_with(endpoint: str, port_file: Path) -> AsyncIterator[str]:
 
 async def test_a_collector_gets_the_spans(tmp_path: Path) -> None:
     """By OTLP over gRPC, at the latest when the service ends."""
-    import httpx
-
-    collector, server = Collector(), grpc.server(futures.ThreadPoolExecutor(1))
-    otlp_grpc.add_TraceServiceServicer_to_server(collector, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        async with served_with(f"http://127.0.0.1:{port}", tmp_path / "ports") as http, httpx.AsyncClient() as client:
+    with collecting() as collector:
+        async with served_with(collector.endpoint, tmp_path / "ports") as http, httpx.AsyncClient() as client:
             answer = await client.post(f"http://{http}/v1/score", json=REQUEST, timeout=20)
             assert answer.status_code == 200
-        await until(lambda: ("gkd-teacher", "teacher POST /v1/score") in collector.found)
-    finally:
-        server.stop(0)
+        found = {(one.service, one.name) for one in collector.spans}
+    assert ("gkd-teacher", "teacher POST /v1/score") in found

@@ -11,13 +11,30 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.conftest import NUM_STEPS, Workspace
+from tests.support.collector import collecting
 from tests.support.trainer import BATCH_SIZE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 
-def test_distillation_on_the_real_stack(workspace: Workspace) -> None:
-    """Each step's metrics are right, the rollout follows the weights, the student changes, the teacher agrees."""
+def test_distillation_on_the_real_stack(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step's metrics are right, the rollout follows the weights, the student changes, the teacher agrees.
+
+    And each step is one trace, down to the teacher's engine.
+    """
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        _distil_and_check(workspace)
+    # from the engine up to the training step, over three processes
+    engine = [one for one in collector.spans if one.name == "engine"]
+    chains = {tuple(collector.chain(one)) for one in engine}
+    assert ("engine", "teacher Score", "teacher attempt", "teacher score", "gkd.step") in chains
+    assert sum(one.name == "gkd.step" for one in collector.spans) == NUM_STEPS
+    assert {one.service for one in collector.spans} == {"gkd-teacher", "gkd-trainer"}
+
+
+def _distil_and_check(workspace: Workspace) -> None:
     teacher, endpoint, http = workspace.start_teacher("teacher")
     run = workspace.run("distil", endpoint)
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -12,6 +12,7 @@ import ray
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
+from protos import tracing
 from trainer.errors import CheckpointError, TeacherLostError
 from trainer.verl_adapter.agent_loop import LOST_TAG
 from trainer.verl_adapter.stop_flag import is_stop_requested
@@ -106,6 +107,8 @@ class StoppableMixin:
             except CheckpointError as also:
                 saved = f"moreover, {also}"
             raise TeacherLostError(f"{error}; {saved}") from error
+        finally:
+            tracing.flush()
 
     def on_step_begin(self) -> None:
         """Called by verl before it asks for the step's responses."""
