@@ -232,7 +232,7 @@ def test_grpcurl_works_from_the_host(stack: Stack) -> None:
     manifest = stack.call(f"{SERVICE}/GetManifest")
     assert "vllm" in json.dumps(manifest)
     answer = stack.call(f"{SERVICE}/Score", REQUEST)
-    raw = base64.b64decode(find(answer, "sampledLogprobs"))
+    raw = base64.b64decode(find(answer, "sampled_logprobs"))
     sampled = struct.unpack(f"<{len(raw) // 4}f", raw)
     assert len(sampled) == 6
     assert all(-2.0 < one <= 0.0 for one in sampled)  # the teacher knows how to sort
@@ -272,7 +272,7 @@ def test_grpcurl_works_with_tls_and_a_token(stack: Stack, tmp_path: Path) -> Non
         tls, secret = ("-cacert", f"{authority.cert}"), ("-H", f"authorization: Bearer {TOKEN}")
         answered = score(*tls, *secret)
         assert answered.returncode == 0, answered.stderr
-        assert find(json.loads(answered.stdout), "sampledLogprobs")
+        assert find(json.loads(answered.stdout), "sampled_logprobs")
         for without, said in ((("-plaintext", *secret), ""), (tls, "Unauthenticated"), (secret, "certificate")):
             refused = score(*without)
             assert refused.returncode != 0
