@@ -139,7 +139,7 @@ class Bench:
             "trainer.logger": "[console,file]",
         }
         if schedule == "serial":
-            overrides[f"{agent}.agent_loop_manager_class"] = "benchmarks.overlap_rollout.SerialManager"
+            overrides[f"++{agent}.agent_loop_manager_class"] = "benchmarks.overlap_rollout.SerialManager"
         if mode != "sync":
             overrides[f"trainer.v1.{mode}.num_warmup_batches"] = WARM_UP_BATCHES
         return overrides
