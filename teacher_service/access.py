@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from pathlib import Path
 
 from structlog.typing import FilteringBoundLogger
@@ -82,16 +81,6 @@ class Access:
             UnauthenticatedError: a token is needed, and the call has none that is accepted.
         """
         return host if self._tokens is None else self._tokens.identify(authorization)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _token_in(authorization: str | bytes | None) -> str:

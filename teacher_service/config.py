@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from teacher_service.access import is_loopback
+from protos.hosts import is_loopback
 from teacher_service.errors import SettingsError
 
 ENV_PREFIX = "TEACHER_"

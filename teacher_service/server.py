@@ -18,7 +18,8 @@ from typing import NoReturn
 
 from structlog.typing import FilteringBoundLogger
 
-from teacher_service.access import AcceptedTokens, Access, is_loopback
+from protos.hosts import is_loopback
+from teacher_service.access import AcceptedTokens, Access
 from teacher_service.admission import AdmissionLimits
 from teacher_service.config import ServiceSettings
 from teacher_service.engine.base import Engine

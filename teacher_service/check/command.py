@@ -7,6 +7,7 @@ import json
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from teacher_service.check.checks import CheckSettings, Finding, run_checks
@@ -38,10 +39,10 @@ async def _collect(settings: CheckSettings) -> list[Finding]:
 
 
 def _show(settings: CheckSettings, findings: list[Finding]) -> None:
-    table = Table(title=f"teacher at {settings.endpoint}", title_justify="left")
+    table = Table(title=escape(f"teacher at {settings.endpoint}"), title_justify="left")
     table.add_column("check")
     table.add_column("verdict")
     table.add_column("found", overflow="fold")
     for one in findings:
-        table.add_row(one.check, f"[{_COLOURS[one.verdict]}]{_MARKS[one.verdict]}[/]", one.detail)
+        table.add_row(one.check, f"[{_COLOURS[one.verdict]}]{_MARKS[one.verdict]}[/]", escape(one.detail))
     Console(highlight=False, emoji=False).print(table)

@@ -155,13 +155,3 @@ def _as_name(host: str | None) -> str | None:
     except ValueError:
         return host
     return None
-
-
-def is_loopback(endpoint_host: str) -> bool:
-    """Whether calls to a host stay on this machine."""
-    if endpoint_host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(endpoint_host).is_loopback
-    except ValueError:
-        return False

@@ -10,9 +10,10 @@ import structlog
 
 from protos.arrays import Float32Array
 from protos.credential_files import CredentialFileError
+from protos.hosts import is_loopback
 from trainer.errors import ConfigError, TeacherCredentialsError
 from trainer.teacher.compatibility import ScoringPlan, StudentInfo
-from trainer.teacher.credentials import Credentials, Identity, is_loopback
+from trainer.teacher.credentials import Credentials, Identity
 from trainer.teacher.resolver import Naming, Resolve, check_endpoints, split_endpoint
 from trainer.teacher.retry import RetryPolicy
 
