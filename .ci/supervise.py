@@ -1,5 +1,8 @@
 """Run a command, then fail if it left a process or a temporary file behind. Linux only; needs no package.
 
+Usage: supervise.py [--beside] COMMAND...; with --beside, other stages run meanwhile, and what lies in /dev/shm may be
+theirs.
+
 What still runs is ended. The command's orphans become children of this process, whatever session or process group
 they moved to, so none of them is missed: neither an engine's workers nor a Ray daemon.
 """
@@ -28,11 +31,14 @@ PREFIXES = ("gkd-", "teacher-", "pytest-", "torchinductor_", "ray", "verl", "vll
 
 def main(command: list[str]) -> int:
     """The command's exit status, or 1 where it succeeded but left processes behind."""
+    folders = TEMPORARY
+    if command[0] == "--beside":
+        command, folders = command[1:], TEMPORARY[:1]
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed; leftover processes can't be found")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    earlier = temporary_files()
+    earlier = temporary_files(folders)
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 # .ci/run's own
         status = process.wait()
@@ -42,7 +48,7 @@ def main(command: list[str]) -> int:
         left = [f"process {line}" for line in wait_for_end(INTERRUPT_GRACE_S)]
     finally:
         end_all()
-    left += [f"file {path}" for path in sorted(temporary_files() - earlier)]
+    left += [f"file {path}" for path in sorted(temporary_files(folders) - earlier)]
     for line in left:
         print(f"left behind by {' '.join(command)}: {line}", flush=True)  # noqa: T201 # it is a command
     return status or int(bool(left))
@@ -54,9 +60,9 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def temporary_files() -> set[Path]:
+def temporary_files(folders: tuple[Path, ...]) -> set[Path]:
     """What lies in the folders for temporary files under a name of ours or of a library's."""
-    return {path for folder in TEMPORARY for path in folder.iterdir() if path.name.startswith(PREFIXES)}
+    return {path for folder in folders for path in folder.iterdir() if path.name.startswith(PREFIXES)}
 
 
 def wait_for_end(timeout_s: float) -> list[str]:

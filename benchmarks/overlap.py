@@ -8,7 +8,8 @@ for each sequence beside its own computing, injected in the service. Schedules:
   separate_async  verl's mode of this name: generation and the teacher go on during the update
 injected_latency_ratio is that time over generation_s, the time to generate a batch in `sync` with nothing injected.
 
-A row's values are medians over its steps, the first ones left out:
+A row's values are means over its steps, the first ones left out (the asynchronous modes take short responses first, so
+their steps differ by turns, and a median would hide the longer ones):
   step_s               seconds per step, weights and all
   generation_s         seconds to generate one batch, measured once
   request_latency_s    mean seconds from a request to its answer
@@ -148,18 +149,18 @@ class Bench:
 def row(schedule: str, ratio: float, steps: Sequence[Mapping[str, float]], *, generation_s: float) -> Row:
     """One row, without what compares it with others."""
 
-    def median(name: str) -> float:
-        return round(statistics.median(step[name] for step in steps), DECIMALS)
+    def mean(name: str) -> float:
+        return round(statistics.mean(step[name] for step in steps), DECIMALS)
 
     return {
         "schedule": schedule,
         "injected_latency_ratio": ratio,
-        "step_s": median("timing_s/step"),
+        "step_s": mean("timing_s/step"),
         "generation_s": round(generation_s, DECIMALS),
-        "request_latency_s": median("timing/teacher_latency/mean"),
-        "exposed_teacher_s": median("timing/teacher_knowledge"),
-        "update_s": median("timing_s/update_actor"),
-        "staleness": median("training/off_policy/trajectory_staleness/mean"),
+        "request_latency_s": mean("timing/teacher_latency/mean"),
+        "exposed_teacher_s": mean("timing/teacher_knowledge"),
+        "update_s": mean("timing_s/update_actor"),
+        "staleness": mean("training/off_policy/trajectory_staleness/mean"),
         "num_steps": len(steps),
     }
 

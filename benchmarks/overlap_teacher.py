@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import torch
 import typer
 
 from protos.arrays import ScoreArrays
@@ -28,6 +29,8 @@ class SlowEngine(TransformersEngine):
 
 def main(model: Path, port_file: Path, latency_s: float, max_model_len: int) -> None:
     """Serve until told to stop."""
+    # a second thread would wait for a core that the trainer uses: that is no teacher on a machine of its own
+    torch.set_num_threads(1)
 
     def build(settings: ServiceSettings) -> SlowEngine:
         engine = SlowEngine(

@@ -143,8 +143,9 @@ def last_line(text: str) -> str:
 def own_engine() -> Iterator[Docker]:
     """Start dockerd; afterwards it, its data and what it changed in the kernel are gone."""
     before = KernelState.now()
-    # not below pytest's folder: a socket's path has at most 107 bytes
-    with TemporaryDirectory(prefix="gkd-docker-", dir="/tmp", ignore_cleanup_errors=True) as name:
+    # not below pytest's folder: a socket's path has at most 107 bytes; not named as .ci/run looks for leftovers, which
+    # may run other tests meanwhile
+    with TemporaryDirectory(prefix="docker-gkd-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         socket = f"unix://{folder}/docker.sock"
         command = ["dockerd", "-H", socket, "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec"]

@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
 
 
-def command(script: str) -> list[str]:
-    return [sys.executable, str(ROOT / ".ci" / "supervise.py"), "bash", "-c", script]
+def command(script: str, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / ".ci" / "supervise.py"), *options, "bash", "-c", script]
 
 
-def supervise(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(script), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+def supervise(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(script, *options), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -47,6 +47,21 @@ def test_a_temporary_file_left_behind_is_named(tmp_path: Path, monkeypatch: pyte
     done = supervise(f"touch {tmp_path}/gkd-left {tmp_path}/gkd-earlier {tmp_path}/strange")
     assert done.returncode == 1
     assert [line.rpartition(" ")[2] for line in done.stdout.splitlines()] == [f"{tmp_path}/gkd-left"]
+
+
+def test_a_stage_beside_others_answers_for_its_own_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What appears in shared memory meanwhile may be another stage's."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    shared = Path("/dev/shm") / f"gkd-test-gate-{os.getpid()}"  # noqa: S108
+    try:
+        assert supervise(f"touch {shared}", "--beside").returncode == 0
+        shared.unlink()
+        assert supervise(f"touch {shared}").returncode == 1
+    finally:
+        shared.unlink(missing_ok=True)
+    assert supervise(f"touch {tmp_path}/gkd-left", "--beside").returncode == 1
 
 
 def test_an_interrupted_command_has_time_to_end_in_order(tmp_path: Path) -> None:

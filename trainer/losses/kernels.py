@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.losses.rows import ExpSums, Rows, Targets
 
-BLOCK = 8192
+BLOCK = 16384
 """Tokens that a program reads at once."""
 NUM_WARPS = 16
 

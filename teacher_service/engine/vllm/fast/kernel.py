@@ -19,7 +19,8 @@ MIN_LM_HEAD_ROWS = 64
 """Fewer rows would read the LM head's weights too often."""
 BLOCK_BYTES = {"cpu": 2 << 20}
 """Float32 bytes of a block of rows: what stays in a core's cache."""
-BLOCK_BYTES_ELSEWHERE = 64 << 20
+BLOCK_BYTES_ELSEWHERE = 256 << 20
+"""On a GPU the launches of a block of 64 MiB take longer than its work."""
 SCRATCH_BLOCKS = 4
 """Of float32 logits that are there at once."""
 
