@@ -76,7 +76,7 @@ bench-teacher: $(INSTALLED) ## Measure each way to a teacher's logprobs, vLLM's 
 bench-overlap: $(INSTALLED) ## Measure how much of a teacher's time a training step still sees (half an hour on 2 idle cores)
 	$(BIN)/python -m benchmarks.overlap
 
-bench-async-accuracy: $(INSTALLED) ## Measure what asynchronous training costs in accuracy, with three seeds (a quarter of an hour)
+bench-async-accuracy: $(INSTALLED) ## Measure what asynchronous training costs in accuracy, with three seeds (half an hour on 2 cores)
 	$(BIN)/python -m benchmarks.async_accuracy
 
 bench-scale: $(INSTALLED) ## Measure what further replicas of a teacher give, and what a lost one costs (three minutes)

@@ -33,7 +33,7 @@ rm -f "$root.log"
 for certificate in /usr/local/share/ca-certificates/*.crt; do
     if [ -f "$certificate" ]; then cp "$certificate" "$root/usr/local/share/ca-certificates/"; fi
 done
-chroot "$root" update-ca-certificates >/dev/null
+env --unset TMPDIR chroot "$root" update-ca-certificates >/dev/null # in there it is no folder
 # Debian keeps pip from changing the system's Python; in an image there is nobody else to protect.
 rm -f "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
 rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/usr/share/{doc,man,locale,info}/* "$root"/var/log/*
