@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainer.teacher import Credentials, TeacherClient, TlsFiles
 BOUND_S = 30.0
 """For a refusal; the client is told to look for a teacher for CONNECT_S."""
 CONNECT_S = 2.5
+HEALTHCHECK = Path(__file__).parents[2] / "docker" / "healthcheck.py"
 SHORT_LIFE_S = 3.0
 """Of a certificate that expires under a service that runs."""
 
@@ -66,6 +68,18 @@ async def over_https(service: Service, ca: Path, pair: Pair | None = None) -> ht
         return await http.get(f"{service.addresses.http_url}/v1/manifest")
 
 
+async def container_check(service: Service, **variables: Path) -> tuple[int, str]:
+    """What the image's health check says, its exit code first."""
+    port = service.addresses.http_url.rpartition(":")[2]
+    environment = {"TEACHER_HTTP_PORT": port, **{name: f"{path}" for name, path in variables.items()}}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, HEALTHCHECK, env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
+
+
 def serving(pair: Pair, **more: Any) -> Any:
     return running_service(FakeEngine(), tls_cert=pair.cert, tls_key=pair.key, **more)
 
@@ -81,6 +95,22 @@ async def test_the_right_ca_works_on_both_doors(authority: Authority, server: Pa
             assert (await caller.get_manifest()).vocab_rows == 32
         assert (await over_https(service, authority.cert)).status_code == 200
         assert service.addresses.http_url.startswith("https://")
+
+
+async def test_the_images_health_check_gets_through(authority: Authority, server: Pair) -> None:
+    """In plain text, by TLS, and where every client must show a certificate."""
+    async with running_service(FakeEngine()) as service:
+        assert await container_check(service) == (0, "/readyz says 200\n")
+    async with serving(server) as service:
+        assert await container_check(service, TEACHER_TLS_CERT=server.cert) == (0, "/readyz says 200\n")
+    async with serving(server, tls_client_ca=authority.cert) as service:
+        told = {"TEACHER_TLS_CERT": server.cert, "TEACHER_TLS_CLIENT_CA": authority.cert}
+        status, said = await container_check(service, **told)
+        assert status == 1
+        assert "name one in HEALTHCHECK_CERT" in said
+        pair = authority.sign("kubelet")
+        shown = {"HEALTHCHECK_CERT": pair.cert, "HEALTHCHECK_KEY": pair.key}
+        assert await container_check(service, **told, **shown) == (0, "/readyz says 200\n")
 
 
 @pytest.mark.parametrize(
