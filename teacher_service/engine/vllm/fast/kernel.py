@@ -19,8 +19,8 @@ MIN_LM_HEAD_ROWS = 64
 """Fewer rows would read the LM head's weights too often."""
 BLOCK_BYTES = {"cpu": 2 << 20}
 """Float32 bytes of a block of rows: what stays in a core's cache."""
-BLOCK_BYTES_ELSEWHERE = 256 << 20
-"""On a GPU the launches of a block of 64 MiB take longer than its work."""
+BLOCK_BYTES_ELSEWHERE = 128 << 20
+"""On a GPU the launches of a block take longer than its work where it is small; memory beside the model is scarce."""
 SCRATCH_BLOCKS = 4
 """Of float32 logits that are there at once."""
 
