@@ -6,7 +6,6 @@ Legend: T packed rows, S rows that are compared, K top-k entries, E events, W vo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,12 +21,10 @@ from trainer.losses.forms import DivergenceForm, TopK
 from trainer.losses.rows import ExpSums, Rows, Targets, clear_others, finite, gather, write_targets
 from trainer.losses.vocabulary import VocabShard
 
-_EVENT_BLOCK = {"cpu": 1 << 16}
-"""Entries [R, K] of the rows whose events are computed at once: bounds what is held beside the logits. On a CPU about
-what its caches hold."""
-_EVENT_BLOCK_ELSEWHERE = 1 << 21
-"""On a GPU each of the hundred operations on a block is a launch, which takes longer than a smaller block's work; the
-ten or so tensors of a block are 8 MiB each."""
+_EVENT_ROWS = {"cpu": 1024}
+"""Rows whose K + 1 events are computed at once: bounds what is held beside the logits."""
+_EVENT_ROWS_ELSEWHERE = 16384
+"""On a GPU each of the hundred operations on a block is a launch, which takes longer than a smaller block's work."""
 
 
 class Statistics(NamedTuple):
@@ -172,7 +169,9 @@ class _TopKDivergence(torch.autograd.Function):
         reading = _read(call, rows)
         value_S = torch.empty_like(reading.total_S)
         inside_SK, outside_S = torch.empty_like(reading.topk_SK), torch.zeros_like(reading.total_S)
-        for block in _event_blocks(inside_SK):
+        size = _EVENT_ROWS.get(logits_TW.device.type, _EVENT_ROWS_ELSEWHERE)
+        for start in range(0, rows.num_rows, size):
+            block = slice(start, start + size)
             value_S[block], inside_SK[block], outside_S[block] = _compare_events(call, reading, block)
         # without a token outside, nothing is to be shifted, and 0 times what stands there must stay 0
         reference_S = reading.log_outside_S.where(reading.log_outside_S > -torch.inf, reading.total_S)
@@ -221,12 +220,6 @@ def _backend(logits_TW: Tensor) -> ModuleType:
     from trainer.losses import kernels  # Triton comes with torch's CUDA builds
 
     return kernels if kernels.usable(logits_TW) else torch_rows
-
-
-def _event_blocks(events_SK: Tensor) -> Iterator[slice]:
-    num_rows, k = events_SK.shape
-    size = max(1, _EVENT_BLOCK.get(events_SK.device.type, _EVENT_BLOCK_ELSEWHERE) // max(1, k))
-    return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
 def _compare_events(call: _Call, reading: _Reading, block: slice) -> tuple[Tensor, Tensor, Tensor]:
