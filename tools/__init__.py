@@ -1,0 +1,1 @@
+"""Programs that check this project; no part of what is installed."""
