@@ -229,6 +229,8 @@ def manifest_to_pb(manifest: Manifest) -> pb.Manifest:
         engine=manifest.engine,
         engine_version=manifest.engine_version,
         service_version=manifest.service_version,
+        route=manifest.route,
+        route_reason=manifest.route_reason,
     )
     if manifest.weights_digest is not None:
         message.weights_digest = manifest.weights_digest
@@ -271,6 +273,8 @@ def manifest_from_pb(message: pb.Manifest) -> Manifest:
         engine=message.engine,
         engine_version=message.engine_version,
         service_version=message.service_version,
+        route=message.route or "only",
+        route_reason=message.route_reason if message.HasField("route_reason") else None,
         received_digest=message.digest,
     )
 

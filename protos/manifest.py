@@ -82,6 +82,10 @@ class TokenizerManifest:
         )
 
 
+_NOT_DIGESTED = ("digest", "route_reason")
+"""A reason is a text for people; it may differ between replicas that answer alike."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What a teacher is. Field meanings: `protos/teacher/v1/teacher.proto`."""
@@ -99,8 +103,11 @@ class Manifest:
     engine: str
     engine_version: str
     service_version: str
+    route: str = "only"
+    route_reason: str | None = None
     digest: str = field(init=False)
-    """SHA-256 over all other fields, lowercase hex; a received manifest keeps its sender's, which answers repeat."""
+    """SHA-256 over all other fields but `route_reason`, lowercase hex. A received manifest keeps its sender's, which
+    answers repeat."""
     received_digest: InitVar[str | None] = None
 
     def __post_init__(self, received_digest: str | None) -> None:
@@ -109,7 +116,7 @@ class Manifest:
 
 def _digest_of_fields(manifest: Manifest) -> str:
     values: dict[str, object] = {
-        one.name: getattr(manifest, one.name) for one in dataclasses.fields(manifest) if one.name != "digest"
+        one.name: getattr(manifest, one.name) for one in dataclasses.fields(manifest) if one.name not in _NOT_DIGESTED
     }
     values["capabilities"] = sorted(manifest.capabilities)
     values["tokenizer"] = None if manifest.tokenizer is None else manifest.tokenizer.digest

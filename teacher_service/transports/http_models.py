@@ -99,6 +99,8 @@ class ManifestAnswer(BaseModel):
     engine: str
     engine_version: str
     service_version: str
+    route: str
+    route_reason: str | None = None
 
 
 class StatusAnswer(BaseModel):
@@ -217,6 +219,8 @@ def manifest_answer(manifest: Manifest) -> ManifestAnswer:
         engine=manifest.engine,
         engine_version=manifest.engine_version,
         service_version=manifest.service_version,
+        route=manifest.route,
+        route_reason=manifest.route_reason,
     )
 
 

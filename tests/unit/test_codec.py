@@ -291,6 +291,8 @@ def a_manifest(tokenizer: TokenizerManifest | None, weights_digest: str | None) 
         engine="fake",
         engine_version="1",
         service_version="2",
+        route="flat",
+        route_reason=None if weights_digest is None else "vLLM 9 is not tested",
     )
 
 

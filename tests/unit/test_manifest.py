@@ -40,12 +40,18 @@ CHANGES: dict[str, Any] = {
     "engine": "fake",
     "engine_version": "1.1",
     "service_version": "2.1",
+    "route": "fast",
 }
 
 
 def test_every_field_is_tried_below() -> None:
     """A new field of the manifest needs a line in the table."""
-    assert set(CHANGES) == {one.name for one in dataclasses.fields(Manifest)} - {"digest"}
+    assert set(CHANGES) == {one.name for one in dataclasses.fields(Manifest)} - {"digest", "route_reason"}
+
+
+def test_a_reason_is_no_part_of_the_digest() -> None:
+    """Two replicas that took the slower route for reasons of their own answer alike."""
+    assert dataclasses.replace(MANIFEST, route_reason="vLLM 9 is not tested").digest == MANIFEST.digest
 
 
 @pytest.mark.parametrize("field", CHANGES)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/teacher/v1/teacher.proto\x12\nteacher.v1\"\x14\n\x12GetManifestRequest\"=\n\x13GetManifestResponse\x12&\n\x08manifest\x18\x01 \x01(\x0b\x32\x14.teacher.v1.Manifest\"\x9d\x03\n\x08Manifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x1b\n\x0eweights_digest\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x35\n\ttokenizer\x18\x04 \x01(\x0b\x32\x1d.teacher.v1.TokenizerManifestH\x01\x88\x01\x01\x12\x12\n\nvocab_rows\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x15\n\rmax_model_len\x18\x07 \x01(\x05\x12\x18\n\x10max_num_logprobs\x18\x08 \x01(\x05\x12\x1a\n\x12max_request_tokens\x18\t \x01(\x05\x12\x19\n\x11max_request_bytes\x18\n \x01(\x03\x12,\n\x0c\x63\x61pabilities\x18\x0b \x03(\x0e\x32\x16.teacher.v1.Capability\x12\x0e\n\x06\x65ngine\x18\x0c \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\r \x01(\t\x12\x17\n\x0fservice_version\x18\x0e \x01(\tB\x11\n\x0f_weights_digestB\x0c\n\n_tokenizer\"\xea\x01\n\x11TokenizerManifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12\x12\n\nrange_size\x18\x03 \x01(\x05\x12\x15\n\rrange_digests\x18\x04 \x01(\x0c\x12M\n\x11special_token_ids\x18\x05 \x03(\x0b\x32\x32.teacher.v1.TokenizerManifest.SpecialTokenIdsEntry\x1a\x36\n\x14SpecialTokenIdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xab\x02\n\x0cScoreRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x13\n\x0bscore_start\x18\x02 \x01(\x05\x12\x14\n\x0cnum_logprobs\x18\x03 \x01(\x05\x12\x18\n\x0btemperature\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12/\n\ncandidates\x18\x05 \x01(\x0b\x32\x16.teacher.v1.CandidatesH\x01\x88\x01\x01\x12)\n\nwire_dtype\x18\x06 \x01(\x0e\x32\x15.teacher.v1.WireDtype\x12\x1c\n\x0fidempotency_key\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x16\n\x0ereturn_entropy\x18\x08 \x01(\x08\x42\x0e\n\x0c_temperatureB\r\n\x0b_candidatesB\x12\n\x10_idempotency_key\".\n\nCandidates\x12\r\n\x05\x63ount\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\"\xd3\x03\n\rScoreResponse\x12\x14\n\x0cscored_count\x18\x01 \x01(\x05\x12\x14\n\x0cnum_logprobs\x18\x02 \x01(\x05\x12)\n\nwire_dtype\x18\x03 \x01(\x0e\x32\x15.teacher.v1.WireDtype\x12\x1b\n\x0etopk_token_ids\x18\x04 \x01(\x0cH\x00\x88\x01\x01\x12\x1a\n\rtopk_logprobs\x18\x05 \x01(\x0cH\x01\x88\x01\x01\x12\x18\n\x10sampled_logprobs\x18\x06 \x01(\x0c\x12\x1a\n\rlog_tail_mass\x18\x07 \x01(\x0cH\x02\x88\x01\x01\x12\x14\n\x07\x65ntropy\x18\x08 \x01(\x0cH\x03\x88\x01\x01\x12\x1f\n\x12\x63\x61ndidate_logprobs\x18\t \x01(\x0cH\x04\x88\x01\x01\x12\x17\n\x0fmanifest_digest\x18\n \x01(\t\x12$\n\x07timings\x18\x0b \x01(\x0b\x32\x13.teacher.v1.Timings\x12\x1a\n\rpayload_crc32\x18\x0c \x01(\x07H\x05\x88\x01\x01\x42\x11\n\x0f_topk_token_idsB\x10\n\x0e_topk_logprobsB\x10\n\x0e_log_tail_massB\n\n\x08_entropyB\x15\n\x13_candidate_logprobsB\x10\n\x0e_payload_crc32\">\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x10\n\x08\x65ngine_s\x18\x02 \x01(\x01\x12\x10\n\x08\x65ncode_s\x18\x03 \x01(\x01\"q\n\x12ScoreStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x18.teacher.v1.ScoreRequest\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\x84\x01\n\x13ScoreStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12-\n\x08response\x18\x02 \x01(\x0b\x32\x19.teacher.v1.ScoreResponseH\x00\x12\'\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x16.teacher.v1.ScoreErrorH\x00\x42\t\n\x07outcome\"\xd2\x01\n\nScoreError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x36\n\x08metadata\x18\x04 \x03(\x0b\x32$.teacher.v1.ScoreError.MetadataEntry\x12\x1a\n\rretry_delay_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x10\n\x0e_retry_delay_s*\xee\x01\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43\x41PABILITY_TEMPERATURE\x10\x01\x12\x19\n\x15\x43\x41PABILITY_CANDIDATES\x10\x02\x12\x16\n\x12\x43\x41PABILITY_ENTROPY\x10\x03\x12\x1e\n\x1a\x43\x41PABILITY_EXACT_TAIL_MASS\x10\x04\x12\x1b\n\x17\x43\x41PABILITY_WIRE_FLOAT16\x10\x05\x12\x1c\n\x18\x43\x41PABILITY_WIRE_BFLOAT16\x10\x06\x12\x1a\n\x16\x43\x41PABILITY_IDEMPOTENCY\x10\x07*p\n\tWireDtype\x12\x1a\n\x16WIRE_DTYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12WIRE_DTYPE_FLOAT32\x10\x01\x12\x16\n\x12WIRE_DTYPE_FLOAT16\x10\x02\x12\x17\n\x13WIRE_DTYPE_BFLOAT16\x10\x03\x32\xf2\x01\n\x0eTeacherService\x12N\n\x0bGetManifest\x12\x1e.teacher.v1.GetManifestRequest\x1a\x1f.teacher.v1.GetManifestResponse\x12<\n\x05Score\x12\x18.teacher.v1.ScoreRequest\x1a\x19.teacher.v1.ScoreResponse\x12R\n\x0bScoreStream\x12\x1e.teacher.v1.ScoreStreamRequest\x1a\x1f.teacher.v1.ScoreStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/teacher/v1/teacher.proto\x12\nteacher.v1\"\x14\n\x12GetManifestRequest\"=\n\x13GetManifestResponse\x12&\n\x08manifest\x18\x01 \x01(\x0b\x32\x14.teacher.v1.Manifest\"\xd8\x03\n\x08Manifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x1b\n\x0eweights_digest\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x35\n\ttokenizer\x18\x04 \x01(\x0b\x32\x1d.teacher.v1.TokenizerManifestH\x01\x88\x01\x01\x12\x12\n\nvocab_rows\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x15\n\rmax_model_len\x18\x07 \x01(\x05\x12\x18\n\x10max_num_logprobs\x18\x08 \x01(\x05\x12\x1a\n\x12max_request_tokens\x18\t \x01(\x05\x12\x19\n\x11max_request_bytes\x18\n \x01(\x03\x12,\n\x0c\x63\x61pabilities\x18\x0b \x03(\x0e\x32\x16.teacher.v1.Capability\x12\x0e\n\x06\x65ngine\x18\x0c \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\r \x01(\t\x12\x17\n\x0fservice_version\x18\x0e \x01(\t\x12\r\n\x05route\x18\x0f \x01(\t\x12\x19\n\x0croute_reason\x18\x10 \x01(\tH\x02\x88\x01\x01\x42\x11\n\x0f_weights_digestB\x0c\n\n_tokenizerB\x0f\n\r_route_reason\"\xea\x01\n\x11TokenizerManifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12\x12\n\nrange_size\x18\x03 \x01(\x05\x12\x15\n\rrange_digests\x18\x04 \x01(\x0c\x12M\n\x11special_token_ids\x18\x05 \x03(\x0b\x32\x32.teacher.v1.TokenizerManifest.SpecialTokenIdsEntry\x1a\x36\n\x14SpecialTokenIdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xab\x02\n\x0cScoreRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x13\n\x0bscore_start\x18\x02 \x01(\x05\x12\x14\n\x0cnum_logprobs\x18\x03 \x01(\x05\x12\x18\n\x0btemperature\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12/\n\ncandidates\x18\x05 \x01(\x0b\x32\x16.teacher.v1.CandidatesH\x01\x88\x01\x01\x12)\n\nwire_dtype\x18\x06 \x01(\x0e\x32\x15.teacher.v1.WireDtype\x12\x1c\n\x0fidempotency_key\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x16\n\x0ereturn_entropy\x18\x08 \x01(\x08\x42\x0e\n\x0c_temperatureB\r\n\x0b_candidatesB\x12\n\x10_idempotency_key\".\n\nCandidates\x12\r\n\x05\x63ount\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\"\xd3\x03\n\rScoreResponse\x12\x14\n\x0cscored_count\x18\x01 \x01(\x05\x12\x14\n\x0cnum_logprobs\x18\x02 \x01(\x05\x12)\n\nwire_dtype\x18\x03 \x01(\x0e\x32\x15.teacher.v1.WireDtype\x12\x1b\n\x0etopk_token_ids\x18\x04 \x01(\x0cH\x00\x88\x01\x01\x12\x1a\n\rtopk_logprobs\x18\x05 \x01(\x0cH\x01\x88\x01\x01\x12\x18\n\x10sampled_logprobs\x18\x06 \x01(\x0c\x12\x1a\n\rlog_tail_mass\x18\x07 \x01(\x0cH\x02\x88\x01\x01\x12\x14\n\x07\x65ntropy\x18\x08 \x01(\x0cH\x03\x88\x01\x01\x12\x1f\n\x12\x63\x61ndidate_logprobs\x18\t \x01(\x0cH\x04\x88\x01\x01\x12\x17\n\x0fmanifest_digest\x18\n \x01(\t\x12$\n\x07timings\x18\x0b \x01(\x0b\x32\x13.teacher.v1.Timings\x12\x1a\n\rpayload_crc32\x18\x0c \x01(\x07H\x05\x88\x01\x01\x42\x11\n\x0f_topk_token_idsB\x10\n\x0e_topk_logprobsB\x10\n\x0e_log_tail_massB\n\n\x08_entropyB\x15\n\x13_candidate_logprobsB\x10\n\x0e_payload_crc32\">\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x10\n\x08\x65ngine_s\x18\x02 \x01(\x01\x12\x10\n\x08\x65ncode_s\x18\x03 \x01(\x01\"q\n\x12ScoreStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x18.teacher.v1.ScoreRequest\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\x84\x01\n\x13ScoreStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12-\n\x08response\x18\x02 \x01(\x0b\x32\x19.teacher.v1.ScoreResponseH\x00\x12\'\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x16.teacher.v1.ScoreErrorH\x00\x42\t\n\x07outcome\"\xd2\x01\n\nScoreError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x36\n\x08metadata\x18\x04 \x03(\x0b\x32$.teacher.v1.ScoreError.MetadataEntry\x12\x1a\n\rretry_delay_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x10\n\x0e_retry_delay_s*\xee\x01\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43\x41PABILITY_TEMPERATURE\x10\x01\x12\x19\n\x15\x43\x41PABILITY_CANDIDATES\x10\x02\x12\x16\n\x12\x43\x41PABILITY_ENTROPY\x10\x03\x12\x1e\n\x1a\x43\x41PABILITY_EXACT_TAIL_MASS\x10\x04\x12\x1b\n\x17\x43\x41PABILITY_WIRE_FLOAT16\x10\x05\x12\x1c\n\x18\x43\x41PABILITY_WIRE_BFLOAT16\x10\x06\x12\x1a\n\x16\x43\x41PABILITY_IDEMPOTENCY\x10\x07*p\n\tWireDtype\x12\x1a\n\x16WIRE_DTYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12WIRE_DTYPE_FLOAT32\x10\x01\x12\x16\n\x12WIRE_DTYPE_FLOAT16\x10\x02\x12\x17\n\x13WIRE_DTYPE_BFLOAT16\x10\x03\x32\xf2\x01\n\x0eTeacherService\x12N\n\x0bGetManifest\x12\x1e.teacher.v1.GetManifestRequest\x1a\x1f.teacher.v1.GetManifestResponse\x12<\n\x05Score\x12\x18.teacher.v1.ScoreRequest\x1a\x19.teacher.v1.ScoreResponse\x12R\n\x0bScoreStream\x12\x1e.teacher.v1.ScoreStreamRequest\x1a\x1f.teacher.v1.ScoreStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,36 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZERMANIFEST_SPECIALTOKENIDSENTRY']._serialized_options = b'8\001'
   _globals['_SCOREERROR_METADATAENTRY']._loaded_options = None
   _globals['_SCOREERROR_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_CAPABILITY']._serialized_start=2133
-  _globals['_CAPABILITY']._serialized_end=2371
-  _globals['_WIREDTYPE']._serialized_start=2373
-  _globals['_WIREDTYPE']._serialized_end=2485
+  _globals['_CAPABILITY']._serialized_start=2192
+  _globals['_CAPABILITY']._serialized_end=2430
+  _globals['_WIREDTYPE']._serialized_start=2432
+  _globals['_WIREDTYPE']._serialized_end=2544
   _globals['_GETMANIFESTREQUEST']._serialized_start=47
   _globals['_GETMANIFESTREQUEST']._serialized_end=67
   _globals['_GETMANIFESTRESPONSE']._serialized_start=69
   _globals['_GETMANIFESTRESPONSE']._serialized_end=130
   _globals['_MANIFEST']._serialized_start=133
-  _globals['_MANIFEST']._serialized_end=546
-  _globals['_TOKENIZERMANIFEST']._serialized_start=549
-  _globals['_TOKENIZERMANIFEST']._serialized_end=783
-  _globals['_TOKENIZERMANIFEST_SPECIALTOKENIDSENTRY']._serialized_start=729
-  _globals['_TOKENIZERMANIFEST_SPECIALTOKENIDSENTRY']._serialized_end=783
-  _globals['_SCOREREQUEST']._serialized_start=786
-  _globals['_SCOREREQUEST']._serialized_end=1085
-  _globals['_CANDIDATES']._serialized_start=1087
-  _globals['_CANDIDATES']._serialized_end=1133
-  _globals['_SCORERESPONSE']._serialized_start=1136
-  _globals['_SCORERESPONSE']._serialized_end=1603
-  _globals['_TIMINGS']._serialized_start=1605
-  _globals['_TIMINGS']._serialized_end=1667
-  _globals['_SCORESTREAMREQUEST']._serialized_start=1669
-  _globals['_SCORESTREAMREQUEST']._serialized_end=1782
-  _globals['_SCORESTREAMRESPONSE']._serialized_start=1785
-  _globals['_SCORESTREAMRESPONSE']._serialized_end=1917
-  _globals['_SCOREERROR']._serialized_start=1920
-  _globals['_SCOREERROR']._serialized_end=2130
-  _globals['_SCOREERROR_METADATAENTRY']._serialized_start=2065
-  _globals['_SCOREERROR_METADATAENTRY']._serialized_end=2112
-  _globals['_TEACHERSERVICE']._serialized_start=2488
-  _globals['_TEACHERSERVICE']._serialized_end=2730
+  _globals['_MANIFEST']._serialized_end=605
+  _globals['_TOKENIZERMANIFEST']._serialized_start=608
+  _globals['_TOKENIZERMANIFEST']._serialized_end=842
+  _globals['_TOKENIZERMANIFEST_SPECIALTOKENIDSENTRY']._serialized_start=788
+  _globals['_TOKENIZERMANIFEST_SPECIALTOKENIDSENTRY']._serialized_end=842
+  _globals['_SCOREREQUEST']._serialized_start=845
+  _globals['_SCOREREQUEST']._serialized_end=1144
+  _globals['_CANDIDATES']._serialized_start=1146
+  _globals['_CANDIDATES']._serialized_end=1192
+  _globals['_SCORERESPONSE']._serialized_start=1195
+  _globals['_SCORERESPONSE']._serialized_end=1662
+  _globals['_TIMINGS']._serialized_start=1664
+  _globals['_TIMINGS']._serialized_end=1726
+  _globals['_SCORESTREAMREQUEST']._serialized_start=1728
+  _globals['_SCORESTREAMREQUEST']._serialized_end=1841
+  _globals['_SCORESTREAMRESPONSE']._serialized_start=1844
+  _globals['_SCORESTREAMRESPONSE']._serialized_end=1976
+  _globals['_SCOREERROR']._serialized_start=1979
+  _globals['_SCOREERROR']._serialized_end=2189
+  _globals['_SCOREERROR_METADATAENTRY']._serialized_start=2124
+  _globals['_SCOREERROR_METADATAENTRY']._serialized_end=2171
+  _globals['_TEACHERSERVICE']._serialized_start=2547
+  _globals['_TEACHERSERVICE']._serialized_end=2789
 # @@protoc_insertion_point(module_scope)

@@ -48,7 +48,7 @@ class GetManifestResponse(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("digest", "model_name", "weights_digest", "tokenizer", "vocab_rows", "dtype", "max_model_len", "max_num_logprobs", "max_request_tokens", "max_request_bytes", "capabilities", "engine", "engine_version", "service_version")
+    __slots__ = ("digest", "model_name", "weights_digest", "tokenizer", "vocab_rows", "dtype", "max_model_len", "max_num_logprobs", "max_request_tokens", "max_request_bytes", "capabilities", "engine", "engine_version", "service_version", "route", "route_reason")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,8 @@ class Manifest(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_REASON_FIELD_NUMBER: _ClassVar[int]
     digest: str
     model_name: str
     weights_digest: str
@@ -77,7 +79,9 @@ class Manifest(_message.Message):
     engine: str
     engine_version: str
     service_version: str
-    def __init__(self, digest: _Optional[str] = ..., model_name: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer: _Optional[_Union[TokenizerManifest, _Mapping]] = ..., vocab_rows: _Optional[int] = ..., dtype: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_logprobs: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., capabilities: _Optional[_Iterable[_Union[Capability, str]]] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., service_version: _Optional[str] = ...) -> None: ...
+    route: str
+    route_reason: str
+    def __init__(self, digest: _Optional[str] = ..., model_name: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer: _Optional[_Union[TokenizerManifest, _Mapping]] = ..., vocab_rows: _Optional[int] = ..., dtype: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_logprobs: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., capabilities: _Optional[_Iterable[_Union[Capability, str]]] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., service_version: _Optional[str] = ..., route: _Optional[str] = ..., route_reason: _Optional[str] = ...) -> None: ...
 
 class TokenizerManifest(_message.Message):
     __slots__ = ("digest", "token_count", "range_size", "range_digests", "special_token_ids")
