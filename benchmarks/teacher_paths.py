@@ -36,7 +36,7 @@ from protos.codec import WireDtype, scores_from_pb, wire_dtype_to_pb
 from protos.teacher.v1 import teacher_pb2 as pb
 from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
-from teacher_service.engine.vllm.engine import CPU_BLOCK_TOKENS, CPU_WORKER, IN_PROCESS_EXECUTOR
+from teacher_service.engine.vllm.arguments import CPU_BLOCK_TOKENS, CPU_WORKER, IN_PROCESS_EXECUTOR
 from teacher_service.engine.vllm.processes import EngineProcesses, children
 from teacher_service.types import ScoreJob
 
