@@ -15,8 +15,13 @@ def build_engine(name: EngineName, options: EngineOptions) -> Engine:
     """An engine that is not started yet.
 
     Raises:
-        EngineStartError: the engine needs a model and none is given.
+        EngineStartError: the engine needs a model and none is given, or can't apply the adapter that is.
     """
+    if options.lora is not None and name != "vllm":
+        raise EngineStartError(
+            f"engine {name!r} can't apply the LoRA adapter {options.lora}; take --engine vllm, or merge it into the "
+            "model (PEFT's merge_and_unload) and serve the result"
+        )
     if name == "fake":
         from teacher_service.engine.fake import FakeEngine
         from teacher_service.engine.model_files import model_name
@@ -37,6 +42,7 @@ def build_engine(name: EngineName, options: EngineOptions) -> Engine:
             device=options.device,
             max_model_len=options.max_model_len,
             max_num_logprobs=options.max_num_logprobs,
+            trust_remote_code=options.trust_remote_code,
         )
     from teacher_service.engine.vllm.engine import VllmEngine
 

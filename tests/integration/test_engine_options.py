@@ -1,4 +1,4 @@
-"""Teachers that are spread, replicated, adapted or quantised: loaded for real, and scored by the fast route.
+"""Teachers that are spread, replicated or quantised: loaded for real, and scored by the fast route.
 
 On a CPU the parts are processes that share its cores, joined by gloo: exactness is shown here, not speed.
 """
@@ -16,13 +16,11 @@ import pytest
 
 from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
-from teacher_service.engine.vllm.adapter import Adapter
-from teacher_service.errors import EngineStartError
 from teacher_service.types import ScoreJob
 from tests.integration import test_engines
 from tests.integration.test_engines import START_TIMEOUT_S
 from tests.support.engines import Started, job, random_tokens, score_all
-from tests.support.variants import write_adapter, write_int8, write_merged
+from tests.support.variants import write_int8
 
 pytestmark = test_engines.pytestmark  # whatever starts vLLM needs the same
 TOLERANCE = 1e-4
@@ -73,23 +71,6 @@ async def test_a_spread_teacher_equals_one_in_one_piece(
         assert await largest_error(engine, reference) <= TOLERANCE
 
 
-async def test_an_adapted_teacher_equals_the_merged_one(float32_checkpoint: Path, tmp_path: Path) -> None:
-    """A LoRA adapter, with each layer spread over two processes; its weights are part of the digest."""
-    adapter = write_adapter(float32_checkpoint, tmp_path / "adapter")
-    merged = write_merged(float32_checkpoint, adapter, tmp_path / "merged")
-    oracle = build_engine("transformers", EngineOptions(model=str(merged)))
-    base = build_engine("transformers", EngineOptions(model=str(float32_checkpoint)))
-    try:
-        theirs, plain = Started(oracle, await oracle.start()), Started(base, await base.start())
-        async with started(float32_checkpoint, lora=str(adapter), tensor_parallel_size=2) as engine:
-            assert await largest_error(engine, theirs) <= TOLERANCE
-            assert await largest_error(engine, plain) > 1
-            assert engine.info.weights_digest != plain.info.weights_digest
-    finally:
-        await oracle.close()
-        await base.close()
-
-
 async def test_a_quantised_teacher_is_near_the_whole_one(
     float32_checkpoint: Path, reference: Started, tmp_path: Path
 ) -> None:
@@ -99,14 +80,3 @@ async def test_a_quantised_teacher_is_near_the_whole_one(
         pairs = zip(await score_all(engine.engine, jobs), await score_all(reference.engine, jobs), strict=True)
         errors = np.concatenate([np.abs(a.sampled_logprobs - b.sampled_logprobs) for a, b in pairs])
     assert 1e-3 < np.median(errors) < 0.2
-
-
-@pytest.mark.parametrize("config", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
-async def test_an_adapter_of_the_lm_head_is_refused(
-    float32_checkpoint: Path, tmp_path: Path, config: dict[str, object]
-) -> None:
-    """vLLM would apply it to one row per request; and what is no adapter is said to be none."""
-    with pytest.raises(EngineStartError, match=r"changes lm_head, .* merge it"):
-        Adapter.read(str(write_adapter(float32_checkpoint, tmp_path / "adapter", **config)))
-    with pytest.raises(EngineStartError, match="is no LoRA adapter"):
-        Adapter.read(str(float32_checkpoint))
