@@ -8,7 +8,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -229,7 +229,7 @@ def _signature_from_settings() -> inspect.Signature:
                 inspect.Parameter.KEYWORD_ONLY,
                 default=_option(name, field),
                 # text, as in the environment: one place parses and refuses values, whichever way they came
-                annotation=(bool if _is_switch(field) else str) | None,
+                annotation=_parameter_type(field) | None,
             )
             for name, field in ServiceSettings.model_fields.items()
         ]
@@ -252,8 +252,20 @@ def _is_switch(field: FieldInfo) -> bool:
     return bool in (field.annotation, *typing.get_args(field.annotation))
 
 
+def _is_mapping(field: FieldInfo) -> bool:
+    return typing.get_origin(field.annotation) is Mapping
+
+
+def _parameter_type(field: FieldInfo) -> Any:
+    if _is_mapping(field):
+        return list[str]
+    return bool if _is_switch(field) else str
+
+
 def _metavar(field: FieldInfo) -> str:
     """What stands for the value in --help: the choices, or the type's name."""
+    if _is_mapping(field):
+        return "KEY=VALUE"
     kinds = [kind for kind in typing.get_args(field.annotation) if kind is not types.NoneType]
     if not kinds:
         kinds = [field.annotation]

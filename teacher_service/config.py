@@ -6,13 +6,14 @@ No heavy import: `--help` and a wrong flag answer at once.
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from protos.hosts import is_loopback
 from teacher_service.errors import SettingsError
@@ -24,6 +25,70 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
+
+
+def _read_vllm_arguments(given: Any) -> Any:
+    """Texts by key, of the flags' `KEY=VALUE` or of the variable's JSON object; a key may be written with hyphens."""
+    if isinstance(given, str):
+        given = _read_json_object(given)
+    if isinstance(given, Mapping):
+        pairs = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in given.items()]
+    else:
+        pairs = [_split(one) for one in given]
+    return _without_repeats([(key.replace("-", "_"), value) for key, value in pairs])
+
+
+def _read_json_object(text: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    raise ValueError('give a JSON object, such as {"block_size": 16}')
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"{text!r} is no KEY=VALUE; write, for example, block_size=16 or enable_expert_parallel=true")
+    return key, value
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice; keep one of them")
+    return found
+
+
+VllmArguments = Annotated[Mapping[str, str], NoDecode, BeforeValidator(_read_vllm_arguments)]
+
+_CONCERNS: Mapping[str, tuple[EngineName, ...]] = {
+    **dict.fromkeys(
+        (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "data_parallel_size",
+            "quantization",
+            "lora",
+            "fast_route",
+            "gpu_memory_utilization",
+            "kv_cache_bytes",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "enforce_eager",
+            "vllm_arg",
+        ),
+        ("vllm",),
+    ),
+    "dtype": ("vllm", "transformers"),
+    "trust_remote_code": ("vllm", "transformers"),
+    "device": ("transformers",),
+    "fake_latency_s": ("fake",),
+}
+"""Setting -> the engines that use it; what is not here concerns all of them."""
 
 
 class ServiceSettings(BaseSettings):
@@ -72,6 +137,14 @@ class ServiceSettings(BaseSettings):
     max_num_batched_tokens: int | None = Field(None, ge=1, description="Tokens per step of vLLM; unset: its default.")
     max_num_seqs: int | None = Field(None, ge=1, description="Sequences per step of vLLM; unset: its default.")
     enforce_eager: bool | None = Field(None, description="Whether vLLM runs without compiling; unset: only on a CPU.")
+    vllm_arg: VllmArguments = Field(
+        {},
+        description="An argument of vLLM's AsyncEngineArgs; the flag may be given many times. The value is JSON, or "
+        'else text. The variable holds a JSON object, {"KEY": VALUE, ...}, and is not read where the flag is given.',
+    )
+    trust_remote_code: bool = Field(
+        False, description="Whether Python code that lies in the checkpoint may run in this service."
+    )
     fake_latency_s: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="Seconds that the fake engine takes for a sequence."
     )
@@ -120,6 +193,7 @@ class ServiceSettings(BaseSettings):
                 f"max_queued_tokens is {self.max_queued_tokens}, below max_inflight_tokens "
                 f"{self.max_inflight_tokens}: the longest sequence could never wait; raise the first"
             )
+        self._check_engine()
         self._check_tls()
         if not (is_loopback(self.host) or self.token_file or self.tls_client_ca or self.insecure):
             raise ValueError(
@@ -128,6 +202,15 @@ class ServiceSettings(BaseSettings):
                 "--insecure (TEACHER_INSECURE=true) where the network itself keeps strangers out"
             )
         return self
+
+    def _check_engine(self) -> None:
+        for name, engines in _CONCERNS.items():
+            value = getattr(self, name)
+            if self.engine not in engines and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{flag_of(name)} (or {variable_of(name)}) is {value!r}, but --engine {self.engine} does not use "
+                    f"it, only {' and '.join(engines)}; leave it out"
+                )
 
     def _check_tls(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -183,4 +266,5 @@ def _describe(error: Mapping[str, Any]) -> str:
     name = str(error["loc"][0])
     if name not in ServiceSettings.model_fields:
         return f"{name} is no setting; `serve --help` lists all"
-    return f"{flag_of(name)} (or {variable_of(name)}) is {error['input']!r}: {error['msg']}"
+    rule = str(error["msg"]).removeprefix("Value error, ")
+    return f"{flag_of(name)} (or {variable_of(name)}) is {error['input']!r}: {rule}"

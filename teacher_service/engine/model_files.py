@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,8 @@ SAMPLES_PER_FILE = 64
 """Evenly spaced samples of each weight file that enter the digest, the first and the last bytes among them."""
 SAMPLE_BYTES = 16 * 1024
 """Bytes of one sample: 1 MiB per file, so 200 files of 5 GB take 200 MB of reading."""
+
+TRUST_REMEDY = "Read that code; if you trust it, pass --trust-remote-code (TEACHER_TRUST_REMOTE_CODE=true)"
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 _TOKENIZER_PATTERNS = (
@@ -88,13 +90,7 @@ def checkpoint_dtype(directory: Path) -> str | None:
     Raises:
         EngineStartError: config.json is no JSON object.
     """
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise EngineStartError(f"{path} is no JSON: {exc}; is the download complete?") from exc
-    if not isinstance(config, dict):
-        raise EngineStartError(f"{path} holds a {type(config).__name__}, not an object; is it a model's config?")
+    config = _config(directory)
     text_config = config.get("text_config", {})  # where a model with several parts keeps its language model
     for section in (config, text_config):
         for key in ("dtype", "torch_dtype"):  # the second is the older name
@@ -103,12 +99,56 @@ def checkpoint_dtype(directory: Path) -> str | None:
     return None
 
 
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise EngineStartError(f"{path} is no JSON: {exc}; is the download complete?") from exc
+    if not isinstance(config, dict):
+        raise EngineStartError(f"{path} holds a {type(config).__name__}, not an object; is it a model's config?")
+    return config
+
+
+def check_remote_code(directory: Path, *, is_trusted: bool, model_types: Container[str] = ()) -> None:
+    """Refuse a checkpoint that only Python code of its own can load, unless that code is trusted.
+
+    Many checkpoints carry such code for older libraries; one whose type a library knows does without it.
+
+    Args:
+        directory: of the checkpoint.
+        is_trusted: whether its code may run.
+        model_types: those that the engine knows beside transformers' own.
+
+    Raises:
+        EngineStartError: its code is needed and not trusted.
+    """
+    config = _config(directory)
+    if is_trusted or not config.get("auto_map"):
+        return
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING or model_type in model_types:
+        return
+    raise EngineStartError(
+        f"no library here knows models of the type {model_type!r}: the checkpoint in {directory} brings Python code of "
+        f"its own, which would run in this service, with all that the service may do. {TRUST_REMEDY}"
+    )
+
+
 def weight_files(directory: Path) -> Sequence[Path]:
     """The folder's weight files in order of name: those of the first format present. Empty: none."""
     for pattern in _WEIGHT_PATTERNS:
         if found := sorted(directory.glob(pattern)):
             return found
     return ()
+
+
+def weights_bytes(model: str) -> int | None:
+    """Size of a local checkpoint's weight files; None for a hub id, whose files may still be on their way."""
+    folder = Path(model).expanduser()
+    return sum(path.stat().st_size for path in weight_files(folder)) if folder.is_dir() else None
 
 
 def weights_digest(*directories: Path) -> str | None:
@@ -148,8 +188,12 @@ def _sample_offsets(num_bytes: int) -> Sequence[int]:
     return [last * i // (SAMPLES_PER_FILE - 1) for i in range(SAMPLES_PER_FILE)]
 
 
-def tokenizer_manifest(directory: Path) -> TokenizerManifest | None:
+def tokenizer_manifest(directory: Path, *, trust_remote_code: bool = False) -> TokenizerManifest | None:
     """What the folder's tokenizer maps; None where the folder has no tokenizer files.
+
+    Args:
+        directory: of the checkpoint.
+        trust_remote_code: whether the tokenizer may be Python code that lies there.
 
     Raises:
         EngineStartError: there are tokenizer files, but they can't be loaded.
@@ -159,11 +203,22 @@ def tokenizer_manifest(directory: Path) -> TokenizerManifest | None:
     from transformers import AutoTokenizer
 
     try:
-        return manifest_of_tokenizer(AutoTokenizer.from_pretrained(directory, local_files_only=True))
+        # False and not unset: transformers would ask on the terminal
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        return manifest_of_tokenizer(tokenizer)
     except Exception as exc:
-        raise EngineStartError(
-            f"the tokenizer in {directory} can't be loaded: {exc}; repair or remove its files"
-        ) from exc
+        remedy = "repair or remove its files"
+        if not trust_remote_code and _brings_tokenizer_code(directory):
+            remedy += f", or, as it brings Python code of its own: {TRUST_REMEDY}"
+        raise EngineStartError(f"the tokenizer in {directory} can't be loaded: {exc}; {remedy}") from exc
+
+
+def _brings_tokenizer_code(directory: Path) -> bool:
+    try:
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("auto_map"))
 
 
 def manifest_of_tokenizer(tokenizer: Any) -> TokenizerManifest:

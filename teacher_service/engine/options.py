@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """Options of every engine; each ignores what does not concern it."""
+    """Options of every engine; each reads what concerns it. `ServiceSettings` refuses what the chosen one does not."""
 
     model: str | None = None
     """Folder of a checkpoint, or a hub id. `fake` needs none, and takes it for its name."""
@@ -43,5 +44,9 @@ class EngineOptions:
     """Whether vLLM runs without compiling; None: only on a CPU."""
     fast_route: bool = True
     """Whether vLLM may score by the fast route; else by its public one."""
+    vllm_arg: Mapping[str, str] = field(default_factory=dict)
+    """Further arguments of vLLM's `AsyncEngineArgs`: JSON or text by name."""
+    trust_remote_code: bool = False
+    """Whether Python code that lies in the checkpoint may run here."""
     fake_latency_s: float = 0.0
     """Seconds that `fake` takes for a sequence."""

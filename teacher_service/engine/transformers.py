@@ -47,6 +47,7 @@ class TransformersEngine:
         device: str = "auto",
         max_model_len: int | None = None,
         max_num_logprobs: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """An engine that loads nothing yet.
 
@@ -56,12 +57,14 @@ class TransformersEngine:
             device: `cpu`, `cuda`, `cuda:1` …, or `auto`: cuda where there is one.
             max_model_len: longest sequence in tokens; None: what the model was built for.
             max_num_logprobs: largest K; None: V.
+            trust_remote_code: whether Python code that lies in the checkpoint may run.
         """
         self._model_path = model
         self._dtype = dtype
         self._device = device
         self._max_model_len = max_model_len
         self._max_num_logprobs = max_num_logprobs
+        self._trust_remote_code = trust_remote_code
         self._loaded: _Loaded | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transformers-engine")
         self._death = Death()
@@ -104,10 +107,13 @@ class TransformersEngine:
 
     def _load(self) -> _Loaded:
         directory = model_files.locate_model(self._model_path)
+        model_files.check_remote_code(directory, is_trusted=self._trust_remote_code)
         dtype = _dtype(self._dtype)
         transformers.utils.logging.disable_progress_bar()  # the log is the service's
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, trust_remote_code=self._trust_remote_code
+            )
             device = torch.device(self._device if self._device != "auto" else _best_device())
             model = model.to(device).eval()
         except Exception as exc:
@@ -123,7 +129,7 @@ class TransformersEngine:
             version=str(transformers.__version__),
             model_name=model_files.model_name(self._model_path),
             weights_digest=model_files.weights_digest(directory),
-            tokenizer=model_files.tokenizer_manifest(directory),
+            tokenizer=model_files.tokenizer_manifest(directory, trust_remote_code=self._trust_remote_code),
             vocab_rows=vocab_rows,
             dtype=str(model.dtype).removeprefix("torch."),
             max_model_len=max_len,

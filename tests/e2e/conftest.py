@@ -43,6 +43,9 @@ class Workspace:
         port_file = self.folder / f"{name}.json"
         command = [*teacher_command(self.folder / model, port_file), *more]
         command[command.index("--engine") + 1] = engine
+        if engine != "vllm":
+            cache = command.index("--kv-cache-bytes")
+            del command[cache : cache + 2]
         process = self.supervisor.start(name, command, grace_s=60)
         endpoint = wait_for_own_teacher(process, port_file, self.supervisor, timeout_s=READY_TIMEOUT_S)
         return process, endpoint, json.loads(port_file.read_text())["http"]

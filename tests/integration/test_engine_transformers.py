@@ -6,6 +6,7 @@ Legend: S scored positions, K top-k entries, V vocabulary rows.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 from pathlib import Path
@@ -166,3 +167,44 @@ async def test_reference_refuses_settings_that_can_not_be(
     with pytest.raises(EngineStartError, match=str(value)):
         await engine.start()
     await engine.close()
+
+
+OWN_MODEL = """
+from transformers import Qwen3Config, Qwen3ForCausalLM
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+class OwnModel(Qwen3ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+async def test_a_checkpoint_of_its_own_code_is_served_only_if_that_is_trusted(
+    float32_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the flag the start is refused before anything of it runs; with it the answers are those of the code."""
+    # where transformers copies such code to
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = shutil.copytree(float32_checkpoint, tmp_path / "own")
+    (own / "own.py").write_text(OWN_MODEL)
+    config = json.loads((own / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (own / "config.json").write_text(json.dumps(config))
+    refused = build_engine("transformers", EngineOptions(model=str(own)))
+    with pytest.raises(EngineStartError, match=r"type 'own'.*--trust-remote-code"):
+        await refused.start()
+    await refused.close()
+    one = job(random_tokens(np.random.default_rng(0), 12), score_start=4, num_logprobs=2)
+    answers = []
+    for options in (
+        EngineOptions(model=str(own), trust_remote_code=True),
+        EngineOptions(model=str(float32_checkpoint)),
+    ):
+        engine = build_engine("transformers", options)
+        await engine.start()
+        answers.append((await engine.score(one)).sampled_logprobs)
+        await engine.close()
+    np.testing.assert_array_equal(*answers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,60 @@ def test_a_config_that_is_no_object_is_an_error(tmp_path: Path, content: str, na
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(EngineStartError, match=named):
         model_files.checkpoint_dtype(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "model_types"),
+    [
+        ({"model_type": "qwen3"}, ()),
+        ({"model_type": "qwen3", "auto_map": {"AutoConfig": "own.Config"}}, ()),
+        ({"model_type": "novel"}, ()),
+        ({"model_type": "novel", "auto_map": {}}, ()),
+        ({"model_type": "novel", "auto_map": {"AutoConfig": "own.Config"}}, {"novel"}),
+    ],
+)
+def test_a_checkpoint_that_a_library_knows_needs_none_of_its_own_code(
+    config: dict[str, object], model_types: Container[str], tmp_path: Path
+) -> None:
+    """Though it may bring some; a type that nobody knows is the library's to refuse."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model_files.check_remote_code(tmp_path, is_trusted=False, model_types=model_types)
+
+
+@pytest.mark.parametrize("model_type", ["novel", None])
+def test_a_checkpoint_that_needs_its_own_code_is_refused_unless_that_is_trusted(
+    model_type: str | None, tmp_path: Path
+) -> None:
+    """With what that means, and the flag."""
+    config = {"model_type": model_type, "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineStartError, match=r"Python code of its own, which would run.*pass --trust-remote-code"):
+        model_files.check_remote_code(tmp_path, is_trusted=False)
+    model_files.check_remote_code(tmp_path, is_trusted=True)
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_a_tokenizer_of_its_own_code_is_loaded_only_if_that_is_trusted(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its map is then as good as another's; else the refusal names the flag, and nothing asks on the terminal."""
+    # where transformers copies such code to
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    build_tokenizer().save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "own.py").write_text(OWN_TOKENIZER)
+    config = tmp_path / "own" / "tokenizer_config.json"
+    changed = json.loads(config.read_text()) | {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": [None, "own.Own"]},
+    }
+    config.write_text(json.dumps(changed))
+    ours = model_files.tokenizer_manifest(checkpoint)
+    assert model_files.tokenizer_manifest(tmp_path / "own", trust_remote_code=True) == ours
+    with pytest.raises(EngineStartError, match="pass --trust-remote-code"):
+        model_files.tokenizer_manifest(tmp_path / "own")
