@@ -30,8 +30,8 @@ from torch import Tensor
 
 from benchmarks.losses import BUSY_LOAD, WIDTH, BenchmarkError, machine, traced_on_cpu, traced_on_cuda
 from teacher_service.engine.vllm.fast import forms, kernel
-from teacher_service.engine.vllm.fast.forms import ScoreRows
 from teacher_service.engine.vllm.fast.kernel import logprobs_of
+from teacher_service.engine.vllm.fast.scorer import ScoreRows
 
 SEED = 0
 SPREAD = 3.0

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
 from teacher_service import memory
 from teacher_service.admission import Admission, AdmissionLimits, Demand, MemoryBudget, Phase
 from teacher_service.dedupe import AnswerCache, Deduplicator, content_digest
@@ -22,6 +24,7 @@ from teacher_service.errors import (
     DeadlineExceededError,
     DrainingError,
     EngineDeadError,
+    EngineStartError,
     TeacherServiceError,
 )
 from teacher_service.offload import off_loop
@@ -108,12 +111,37 @@ class Scorer:
         return self._manifest
 
     def open(self, info: EngineInfo) -> None:
-        """Take work from now on: the engine is loaded."""
-        self._manifest = build_manifest(info, self._limits)
+        """Take work from now on: the engine is loaded.
+
+        Raises:
+            EngineStartError: the memory left does not allow a sequence of the length that the manifest announces.
+        """
+        manifest = build_manifest(info, self._limits)
         main_bytes = self._limits.memory_budget_bytes or int(FREE_MEMORY_SHARE * memory.free_bytes())
-        self.admission.bound_memory(MemoryBudget(main_bytes=main_bytes, device_bytes=info.device_free_bytes))
+        budget = MemoryBudget(main_bytes=main_bytes, device_bytes=info.device_free_bytes)
+        self._check_room(budget, manifest.max_request_tokens)
+        self._manifest = manifest
+        self.admission.bound_memory(budget)
         if self.phase is Phase.LOADING:
             self.admission.phase = Phase.SERVING
+
+    def _check_room(self, budget: MemoryBudget, num_tokens: int) -> None:
+        job = ScoreJob(
+            request_id="longest",
+            token_ids=np.zeros(num_tokens, dtype=np.int32),
+            score_start=num_tokens - 1,
+            num_logprobs=0,
+        )
+        over = budget.excess(self._engine.price(job))
+        if over is not None:
+            needed, limit = over
+            raise EngineStartError(
+                f"the teacher would announce sequences of {num_tokens} tokens, and scoring one needs "
+                f"{needed / 1e6:.1f} MB of memory where {limit / 1e6:.1f} MB are left; lower --max-model-len or "
+                "--max-num-batched-tokens, leave more beside the model (--gpu-memory-utilization, --kv-cache-bytes), "
+                "or raise --memory-budget-bytes",
+                metadata={"field": "max_model_len", "value": f"{needed}", "limit": f"{limit}"},
+            )
 
     def begin_drain(self) -> None:
         """Refuse new work from now on; work already taken goes on."""
@@ -248,6 +276,8 @@ def build_manifest(info: EngineInfo, limits: ScoringLimits) -> Manifest:
         engine=info.name,
         engine_version=info.version,
         service_version=service_version(),
+        route=info.route,
+        route_reason=info.route_reason,
     )
 
 

@@ -67,6 +67,9 @@ class Price:
     peak_bytes: int = 0
     """Where the model computes, while it computes this sequence. Engines compute them one after another or in steps of
     bounded size, so that of many sequences the largest counts."""
+    held_device_bytes: int = 0
+    """Where the model computes, from the sequence's entry into the engine until it is answered; those of all sequences
+    add up, and the largest peak comes on top."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,5 +124,9 @@ class EngineInfo:
     """Memory left on the device that computes, with the model loaded; None: it computes in main memory."""
     route: str = "only"
     """Which of its ways of scoring the engine takes."""
+    route_reason: str | None = None
+    """Why the engine takes a slower way than its fastest; None: it takes the fastest, or has only one."""
+    runner: str | None = None
+    """vLLM's model runner, `V1` or `V2`; None: another engine."""
     warnings: tuple[str, ...] = ()
-    """What the operator should know: a slower way taken, and why."""
+    """What the operator should know."""

@@ -141,25 +141,29 @@ async def assert_same_topk(ours: ScoreArrays, asked: ScoreJob, oracle: Engine, *
 
 
 async def test_vllm_says_what_it_is(vllm: Started, reference: Started) -> None:
-    """One place of the context goes to the token that vLLM generates; it took the public route, and says why."""
+    """It takes sequences of the model's whole length; it took the public route, and says why."""
     info = vllm.info
     assert info.route == "flat"
-    assert "is not among the tested versions 0.1" in info.warnings[0]
+    assert info.route_reason is not None
+    assert "is not among the tested versions 0.1" in info.route_reason
+    assert info.route_reason in info.warnings[0]
     assert (info.name, info.vocab_rows, info.max_num_logprobs) == ("vllm", V, V)
-    assert (info.max_model_len, info.max_request_tokens) == (MAX_LEN, MAX_LEN - 1)
+    assert (info.max_model_len, info.max_request_tokens) == (MAX_LEN, MAX_LEN)
     assert info.capabilities == frozenset()
     assert info.tokenizer == reference.info.tokenizer
     assert info.version[0].isdigit()
 
 
-async def test_vllm_scores_the_longest_request_and_not_one_more(vllm: Started) -> None:
-    """max_request_tokens is exact, and a longer one fails alone."""
+async def test_vllm_scores_the_longest_request_and_not_one_more(vllm: Started, reference: Started) -> None:
+    """The model's length is exact, and a longer sequence fails alone."""
     rng = np.random.default_rng(5)
-    longest = job(random_tokens(rng, vllm.info.max_request_tokens), num_logprobs=V)
-    assert (await vllm.engine.score(longest)).num_scored == vllm.info.max_request_tokens - 1
-    with pytest.raises(EngineError, match=str(MAX_LEN)):
-        await vllm.engine.score(job(random_tokens(rng, MAX_LEN)))
-    await vllm.engine.score(longest)
+    longest = job(random_tokens(rng, MAX_LEN), num_logprobs=V)
+    expected = (await reference.engine.score(longest)).sampled_logprobs
+    for _ in range(2):
+        ours = (await vllm.engine.score(longest)).sampled_logprobs
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+        with pytest.raises(EngineError, match=str(MAX_LEN + 1)):
+            await vllm.engine.score(job(random_tokens(rng, MAX_LEN + 1)))
 
 
 async def test_vllm_forgets_cancelled_requests(vllm: Started, reference: Started) -> None:

@@ -6,6 +6,7 @@ Legend: S scored positions, K top-k entries, C candidates per position, V vocabu
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,18 +17,19 @@ import pytest_asyncio
 from protos.arrays import ScoreArrays
 from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
-from teacher_service.engine.vllm import engine as vllm_engine
+from teacher_service.engine.vllm import launch
+from teacher_service.engine.vllm.arguments import CPU_BLOCK_TOKENS
 from teacher_service.types import Capability, ScoreJob
 from tests.integration import test_engines
 from tests.integration.test_engines import START_TIMEOUT_S, assert_same_topk
 from tests.support.engines import Started, job, random_tokens, score_all
-from tests.support.models import VOCAB_ROWS
+from tests.support.models import MAX_LEN, VOCAB_ROWS
 from tests.support.preempting_scheduler import COUNT_FILE, PreemptingScheduler
 
 pytestmark = test_engines.pytestmark  # whatever starts vLLM needs the same
 V = VOCAB_ROWS
 TOLERANCE = 1e-4
-ALIGNED = 4 * vllm_engine.CPU_BLOCK_TOKENS
+ALIGNED = 4 * CPU_BLOCK_TOKENS
 """Tokens that fill blocks of the cache."""
 CACHE_TOKENS = 5 * ALIGNED
 TOKEN_BYTES = 2 * 2 * 2 * 32 * 4
@@ -40,7 +42,8 @@ def preemptions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     counted = tmp_path_factory.mktemp("preemptions") / "count"
     counted.touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_engine, "SCHEDULER", f"{PreemptingScheduler.__module__}.{PreemptingScheduler.__name__}")
+        name = f"{PreemptingScheduler.__module__}.{PreemptingScheduler.__name__}"
+        patch.setattr(launch, "SCHEDULERS", {False: name})
         patch.setenv(COUNT_FILE, str(counted))
         yield counted
 
@@ -111,10 +114,18 @@ def _random_jobs(count: int, *, seed: int) -> list[ScoreJob]:
 
 
 async def test_it_says_what_it_can_do(fast: Started) -> None:
-    """All that an engine can do."""
+    """All that an engine can do, on the runner that this run of the tests is for."""
+    assert fast.info.runner == ("V2" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "V1")
     assert fast.info.capabilities == {
         Capability.TEMPERATURE, Capability.CANDIDATES, Capability.ENTROPY, Capability.EXACT_TAIL_MASS
     }  # fmt: skip
+
+
+async def test_a_sequence_of_exactly_the_models_length(fast: Started, reference: Started) -> None:
+    """Its last row is scored too: the token that vLLM generates has a place of its own."""
+    assert fast.info.max_request_tokens == fast.info.max_model_len == MAX_LEN
+    tokens = random_tokens(np.random.default_rng(8), MAX_LEN)
+    await assert_equals_the_reference(fast, reference, [job(tokens, score_start=MAX_LEN - 40, num_logprobs=8)])
 
 
 async def test_random_sequences_at_once(fast: Started, reference: Started, preemptions: Path) -> None:

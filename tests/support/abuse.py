@@ -18,8 +18,6 @@ from tests.support.models import MAX_LEN, VOCAB_ROWS
 from tests.support.service import json_of, score_request
 
 V = VOCAB_ROWS
-MAX_TOKENS = MAX_LEN - 1
-"""vLLM keeps one place for the token that it generates."""
 MAX_REQUEST_BYTES = 128 << 10
 MAX_RESPONSE_BYTES = 340_000
 """The longest sequence with K = V takes 396 kB, the largest good request 277 kB."""
@@ -105,14 +103,14 @@ class Case:
 
 def lengths(rng: Rng, count: int) -> list[int]:
     """Lengths from the shortest to the longest, both among them; most are short, and some end with a cache block."""
-    edges = [2, 3, 127, 128, 129, 256, 257, MAX_TOKENS - 1, MAX_TOKENS]
-    drawn = np.exp(rng.uniform(np.log(2), np.log(MAX_TOKENS), count - len(edges)))
+    edges = [2, 3, 127, 128, 129, 256, 257, MAX_LEN - 1, MAX_LEN]
+    drawn = np.exp(rng.uniform(np.log(2), np.log(MAX_LEN), count - len(edges)))
     return [*edges, *drawn.astype(int).tolist()]
 
 
 def token_pool(rng: Rng, count: int) -> list[NDArray[np.int32]]:
     """Sequences of `lengths`, half of which begin alike, as siblings do."""
-    prompt = rng.integers(0, V, MAX_TOKENS)
+    prompt = rng.integers(0, V, MAX_LEN)
     pool = [rng.integers(0, V, length) for length in lengths(rng, count)]
     for tokens in pool[::2]:
         shared = len(tokens) // 2
@@ -226,7 +224,7 @@ def _spoil_token(rng: Rng, request: pb.ScoreRequest) -> None:
 
 
 def _lengthen(rng: Rng, request: pb.ScoreRequest) -> None:
-    request.token_ids.extend([1] * int(rng.integers(MAX_TOKENS, 20_000)))
+    request.token_ids.extend([1] * int(rng.integers(MAX_LEN, 20_000)))
 
 
 def _spoil_candidates(rng: Rng, request: pb.ScoreRequest) -> None:
@@ -250,10 +248,10 @@ def _enlarge(rng: Rng, request: pb.ScoreRequest) -> None:
 
 def _longest(rng: Rng, request: pb.ScoreRequest, *, num_logprobs: int, num_candidates: int = 0) -> None:
     request.Clear()
-    request.token_ids.extend(rng.integers(0, V, MAX_TOKENS).tolist())
+    request.token_ids.extend(rng.integers(0, V, MAX_LEN).tolist())
     request.score_start, request.num_logprobs = 1, num_logprobs
     if num_candidates:
-        request.candidates.CopyFrom(_candidates(rng, MAX_TOKENS - 1, num_candidates))
+        request.candidates.CopyFrom(_candidates(rng, MAX_LEN - 1, num_candidates))
 
 
 def _garbage(rng: Rng, _: pb.ScoreRequest, __: Door) -> bytes:

@@ -58,12 +58,15 @@ class Service:
 
 
 @asynccontextmanager
-async def running_service(engine: Engine, *, ready: bool = True, **settings: Any) -> AsyncIterator[Service]:
+async def running_service(
+    engine: Engine, *, ready: bool = True, ready_timeout_s: float = TIMEOUT_S, **settings: Any
+) -> AsyncIterator[Service]:
     """Serve an engine; at the end, whatever happened, ports and tasks are gone.
 
     Args:
         engine: scores.
         ready: whether to wait until it serves.
+        ready_timeout_s: how long; the engine's error is raised before.
         settings: differ from the defaults.
     """
     given = {"engine": "fake", "grpc_port": 0, "http_port": 0, "drain_timeout_s": TIMEOUT_S} | settings
@@ -80,7 +83,7 @@ async def running_service(engine: Engine, *, ready: bool = True, **settings: Any
         ):
             try:
                 if ready:
-                    await asyncio.wait_for(server.ready.wait(), TIMEOUT_S)
+                    await _wait_ready(server, life, ready_timeout_s)
                 yield Service(server, addresses, channel, http, stop, abort, life, log, ports)
             finally:
                 stop.set()
@@ -88,6 +91,17 @@ async def running_service(engine: Engine, *, ready: bool = True, **settings: Any
                 await asyncio.wait({life}, timeout=TIMEOUT_S)
                 life.cancel()
                 await asyncio.gather(life, return_exceptions=True)
+
+
+async def _wait_ready(server: TeacherServer, life: asyncio.Task[None], timeout_s: float) -> None:
+    waiting = asyncio.create_task(server.ready.wait())
+    try:
+        await asyncio.wait({waiting, life}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if life.done():
+            life.result()
+        assert waiting.done(), f"not ready after {timeout_s} s"
+    finally:
+        waiting.cancel()
 
 
 @dataclass

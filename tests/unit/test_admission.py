@@ -299,6 +299,8 @@ async def test_held_memory_adds_up_and_peaks_do_not() -> None:
         (MemoryBudget(main_bytes=100), Price(held_bytes=61, peak_bytes=40), 101, 100),
         (MemoryBudget(main_bytes=100, device_bytes=10), Price(held_bytes=101), 101, 100),
         (MemoryBudget(main_bytes=100, device_bytes=10), Price(held_bytes=1, peak_bytes=11), 11, 10),
+        (MemoryBudget(main_bytes=99), Price(held_bytes=50, held_device_bytes=10, peak_bytes=40), 100, 99),
+        (MemoryBudget(main_bytes=100, device_bytes=9), Price(held_bytes=1, held_device_bytes=6, peak_bytes=4), 10, 9),
     ],
 )
 async def test_what_can_never_fit_is_refused_with_the_limit(
@@ -322,6 +324,21 @@ async def test_a_device_has_its_own_memory_for_peaks() -> None:
     assert all(job.entered.is_set() for job in jobs)
     for job in jobs:
         await job.finish()
+
+
+async def test_what_is_held_on_a_device_adds_up_below_the_largest_peak() -> None:
+    """Two answers of 30 bytes and one peak of 40 fill a device of 100; a third answer waits."""
+    admission = open_admission(memory=MemoryBudget(main_bytes=100, device_bytes=100))
+    price = Price(held_bytes=1, held_device_bytes=30, peak_bytes=40)
+    first, second, third = (Job(admission, 1, price=price) for _ in range(3))
+    await settle()
+    assert [job.entered.is_set() for job in (first, second, third)] == [True, True, False]
+    assert admission.reserved_bytes == 2
+    await first.finish()
+    await settle()
+    assert third.entered.is_set()
+    await second.finish()
+    await third.finish()
 
 
 async def test_a_client_with_a_backlog_does_not_hold_up_another() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from teacher_service.admission import Phase
 from teacher_service.engine.fake import FakeEngine
 from teacher_service.errors import (
     AnswerTooLargeError,
@@ -16,6 +17,7 @@ from teacher_service.errors import (
     DrainingError,
     EngineDeadError,
     EngineError,
+    EngineStartError,
     IdempotencyKeyReusedError,
     InvalidCandidatesError,
     MissingCapabilityError,
@@ -167,9 +169,20 @@ async def test_an_answer_over_the_limit_is_refused_before_the_engine_works() -> 
 
 async def test_a_sequence_over_the_memory_budget_is_refused() -> None:
     """The engine prices it at more than there is."""
-    scorer = await open_scorer(FakeEngine(), dataclasses.replace(LIMITS, memory_budget_bytes=1000))
-    with pytest.raises(OverMemoryBudgetError, match=r"limit 0\.0 MB; ask for fewer"):
-        await score(scorer)
+    scorer = await open_scorer(FakeEngine(), dataclasses.replace(LIMITS, memory_budget_bytes=500_000))
+    with pytest.raises(OverMemoryBudgetError, match=r"limit 0\.5 MB; ask for fewer"):
+        await score(scorer, token_ids=[1] * 900, score_start=1, num_logprobs=16)
+
+
+async def test_a_teacher_that_can_not_score_its_announced_length_does_not_open() -> None:
+    """1,000 tokens take 400 kB; the message has need and limit, in bytes too."""
+    scorer = Scorer(FakeEngine(), dataclasses.replace(LIMITS, memory_budget_bytes=400_191))
+    info = await FakeEngine().start()
+    with pytest.raises(EngineStartError, match=r"sequences of 1000 tokens, .* lower --max-model-len") as caught:
+        scorer.open(info)
+    assert caught.value.metadata == {"field": "max_model_len", "value": "400192", "limit": "400191"}
+    assert scorer.phase is Phase.LOADING
+    Scorer(FakeEngine(), dataclasses.replace(LIMITS, memory_budget_bytes=400_192)).open(info)
 
 
 async def test_time_that_is_already_up_costs_the_engine_nothing() -> None:

@@ -7,20 +7,9 @@ import torch
 from torch import Tensor
 
 from teacher_service.engine.vllm.fast import kernel
-from teacher_service.engine.vllm.fast.kernel import Asked, score_rows, top_k
+from teacher_service.engine.vllm.fast.kernel import logprobs_of, score_rows, top_k
 
 R, V = 7, 1003
-
-
-def _asked(k: int, *, entropy: bool = False, temperatures: Tensor | None = None, candidates: int = 0) -> Asked:
-    generator = torch.Generator().manual_seed(1)
-    return Asked(
-        num_logprobs=k,
-        temperatures=temperatures,
-        sampled=torch.randint(0, V, (R,), generator=generator),
-        entropy=entropy,
-        candidates=torch.randint(0, V, (R, candidates), generator=generator) if candidates else None,
-    )
 
 
 def _logits(scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,38 +22,36 @@ def _logits(scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_rows_equal_the_full_log_softmax(
     monkeypatch: pytest.MonkeyPatch, block_bytes: int, k: int, dtype: torch.dtype
 ) -> None:
-    """Whatever the blocks: sampled, top-k, tail, entropy and candidates, each row at its own temperature."""
+    """Whatever the blocks: top-k, tail, entropy and given tokens, each row at its own temperature."""
     monkeypatch.setitem(kernel.BLOCK_BYTES, "cpu", block_bytes)
     logits, temperatures = _logits(3, dtype), torch.linspace(0.5, 2, R)
-    asked = _asked(k, entropy=True, temperatures=temperatures, candidates=4)
-    found = score_rows(logits, asked)
+    found = score_rows(logits, k, temperatures, entropy=True)
     full = torch.log_softmax(logits.double() / temperatures.double().unsqueeze(-1), -1)
     close = {"rtol": 0, "atol": 2e-5, "check_dtype": False}
-    torch.testing.assert_close(found.sampled, full.gather(-1, asked.sampled.unsqueeze(-1)).squeeze(-1), **close)
     torch.testing.assert_close(found.topk, full.topk(k, -1).values, **close)
     torch.testing.assert_close(found.topk, full.gather(-1, found.topk_ids.long()), **close)
     rest = full.scatter(-1, found.topk_ids.long(), -torch.inf).logsumexp(-1)
     torch.testing.assert_close(found.log_tail, rest, **close)
     torch.testing.assert_close(found.entropy, -(full.exp() * full).sum(-1), **close)
-    assert asked.candidates is not None
-    torch.testing.assert_close(found.candidates, full.gather(-1, asked.candidates), **close)
+    given = torch.randint(0, V, (R, 4), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        logprobs_of(logits, given, found.log_total, temperatures), full.gather(-1, given), **close
+    )
 
 
 def test_a_tiny_tail_is_not_rounded_away() -> None:
     """A tail of 1e-12 is summed by itself; one minus the top-k would say 0 or 1e-7."""
     logits = torch.full((1, V), -20.0)
     logits[0, 5] = 14.0
-    asked = Asked(num_logprobs=1, temperatures=None, sampled=torch.tensor([5]), entropy=False, candidates=None)
     expected = torch.log_softmax(logits.double(), -1)[0, torch.arange(V) != 5].logsumexp(-1)
-    assert float(score_rows(logits, asked).log_tail) == pytest.approx(float(expected), abs=1e-4)
+    assert float(score_rows(logits, 1, None, entropy=False).log_tail) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_ruled_out_tokens_leave_no_nan() -> None:
     """Logits of -inf have probability 0 and add nothing to the entropy."""
     logits = torch.full((1, V), -torch.inf)
     logits[0, :3] = torch.tensor([0.0, 1.0, 2.0])
-    asked = Asked(num_logprobs=3, temperatures=None, sampled=torch.tensor([0]), entropy=True, candidates=None)
-    found = score_rows(logits, asked)
+    found = score_rows(logits, 3, None, entropy=True)
     assert float(found.log_tail) == -torch.inf
     p = torch.softmax(torch.tensor([0.0, 1.0, 2.0]), -1)
     assert found.entropy is not None

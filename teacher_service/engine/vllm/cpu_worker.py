@@ -1,6 +1,6 @@
 """vLLM's worker on a CPU, allowed to use the processor's matrix unit (AMX), and able to run a part of the layers.
 
-Linux gives a process AMX only on request, and kills one that uses it without asking with SIGILL. vLLM 0.28 takes its
+Linux gives a process AMX only on request, and kills one that uses it without asking with SIGILL. vLLM takes its
 AMX attention for bfloat16 wherever the processor has AMX, and does not ask: it works only where another library of the
 process happened to ask before.
 

@@ -1,62 +1,43 @@
 """vLLM's `AsyncLLM`, in process: by the fast route where it fits this vLLM, else by public prompt logprobs.
 
-vLLM has no call that only scores: a request also generates one token, which takes one place of the context window.
-The public route's prompt logprobs are those of temperature 1, whatever the request says.
+vLLM has no call that only scores: a request also generates one token. The public route's prompt logprobs are those of
+temperature 1, whatever the request says.
+
+The fast route never keeps the service from starting. What it relies on is checked before vLLM gets any class of it.
+What fails later, up to the first scored sequence, leads to the public route and to one warning with the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from protos.arrays import ScoreArrays
-from teacher_service.engine import model_files
 from teacher_service.engine.numerics import checked
 from teacher_service.engine.options import EngineOptions
-from teacher_service.engine.vllm import environment
-from teacher_service.engine.vllm.adapter import Adapter
-from teacher_service.engine.vllm.fast import frontend, kernel, probe, self_check
+from teacher_service.engine.vllm import environment, launch
+from teacher_service.engine.vllm.adapter import MERGE, Adapter, AdapterError, check_effect, check_placed
+from teacher_service.engine.vllm.fast import frontend, probe, self_check
+from teacher_service.engine.vllm.launch import Checkpoint, Running, in_words, on_every_worker
 from teacher_service.engine.vllm.processes import EngineProcesses, children
-from teacher_service.engine.vllm.routes import NUM_GENERATED_TOKENS, FastRoute, FlatRoute, Route
+from teacher_service.engine.vllm.routes import NUM_GENERATED_TOKENS, FastRoute
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
 from teacher_service.types import EngineInfo, Price, ScoreJob
 
 if TYPE_CHECKING:
-    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.config import VllmConfig
 
-CPU_KV_CACHE_BYTES = 1 << 30
-"""KV cache on a CPU where none is asked for: vLLM's own default takes nearly all memory of the machine."""
-CPU_BLOCK_TOKENS = 32
-"""Tokens of a cached block on a CPU. Only whole blocks before the first scored row are shared by siblings, and vLLM's
-default there is 128."""
-IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""Runs the model in the engine's own process. On a CPU vLLM would start a worker beside it, which spins on its queue
-for a second after each step: a whole core taken from whoever shares the machine. The full name, since vLLM replaces the
-short one."""
-CPU_WORKER = "teacher_service.engine.vllm.cpu_worker.TeacherCPUWorker"
+    from teacher_service.engine.vllm.fast.worker import Installed
+
 DEATH_POLL_S = 0.2
 SHUTDOWN_TIMEOUT_S = 15.0
-WORKER_EXTENSION = "teacher_service.engine.vllm.fast.worker.ScoringExtension"
-SCHEDULER = "teacher_service.engine.vllm.fast.scheduler.PrefixCappedScheduler"
-WORKER_TIMEOUT_S = 60.0
-MIN_LORA_RANK = 16
-"""vLLM's default; it takes adapters up to the rank that it was started with."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Running:
-    llm: AsyncLLM
-    processes: EngineProcesses
-    info: EngineInfo
-    route: Route
-    adapter: Adapter | None
+"""Seconds that vLLM's processes may take to end by themselves."""
 
 
 class VllmEngine:
@@ -66,33 +47,34 @@ class VllmEngine:
         """An engine that loads nothing yet."""
         self._options = options
         self._folder: environment.EngineFolder | None = None
-        self._loading: asyncio.Task[_Running] | None = None
+        self._loading: asyncio.Task[Running] | None = None
         self._earlier_children = frozenset[BaseProcess]()
         self._is_closed = False
-        self._running: _Running | None = None
+        self._running: Running | None = None
         self._in_flight: set[asyncio.Task[ScoreArrays]] = set()
 
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
-        # Loading blocks for seconds to minutes. AsyncLLM binds to the loop of its first request, not to the thread
-        # that builds it, so a thread may build it and this loop use it.
         self._earlier_children = children()
-        self._loading = asyncio.create_task(asyncio.to_thread(self._load))
-        running = await asyncio.shield(self._loading)
-        if self._is_closed:
-            raise EngineStartError(f"the engine was closed while it loaded {self._options.model!r}")
-        self._running = running
-        try:
-            if running.adapter is not None:
-                await running.llm.collective_rpc("detach_adapter_from_logits", timeout=WORKER_TIMEOUT_S)
-            self._running = running = await self._take_fast_route(running)
-            await self._warm_up(running.info)
-            free_bytes = await _free_device_bytes(running.llm)
-        except (EngineError, EngineDeadError) as exc:
-            await self.close()
-            raise EngineStartError(f"vLLM loaded {self._options.model!r} but can't score with it: {exc}") from exc
-        self._running = running = replace(running, info=replace(running.info, device_free_bytes=free_bytes))
-        return running.info
+        # by itself, since the frames that import vLLM live as long as an import error that it keeps: not this engine's
+        await asyncio.to_thread(_import_vllm)
+        checkpoint = await asyncio.to_thread(launch.read_checkpoint, self._options)
+        reason = await asyncio.to_thread(probe.refusal) if self._options.fast_route else None
+        if self._options.fast_route and reason is None:
+            config = await asyncio.to_thread(launch.configure, self._options, checkpoint, fast=True)
+            try:
+                await self._launch(checkpoint, config, fast=True)
+            except AdapterError as exc:
+                await self._end()
+                raise EngineStartError(str(exc)) from exc
+            except Exception as exc:
+                if self._is_closed:
+                    raise
+                reason = f"the fast route failed at its start: {in_words(exc)}"
+                await self._end()
+        if self._running is None:
+            await self._launch_public(checkpoint)
+        return await self._finish(reason)
 
     def price(self, job: ScoreJob) -> Price:
         """See `Engine.price`."""
@@ -102,16 +84,19 @@ class VllmEngine:
         if self._running.info.device_free_bytes is not None:
             return price
         # in main memory each process has its own peak, and all may have it at once
-        num_processes = self._options.tensor_parallel_size * self._options.data_parallel_size
-        return replace(price, peak_bytes=num_processes * price.peak_bytes)
+        num_ranks = self._options.tensor_parallel_size
+        return replace(
+            price,
+            peak_bytes=num_ranks * self._options.data_parallel_size * price.peak_bytes,
+            held_device_bytes=num_ranks * price.held_device_bytes,
+        )
 
     async def score(self, job: ScoreJob) -> ScoreArrays:
         """See `Engine.score`."""
         running = self._running
         if running is None:
             raise EngineDeadError("the engine holds no model: it is not started, or closed")
-        with _vllm_errors_translated(running, job):
-            return await self._unless_closed(_score(running, running.route, job))
+        return await self._score(running, job)
 
     async def wait_dead(self) -> BaseException:
         """See `Engine.wait_dead`."""
@@ -124,6 +109,10 @@ class VllmEngine:
     async def close(self) -> None:
         """See `Engine.close`."""
         self._is_closed = True
+        await self._end()
+
+    async def _end(self) -> None:
+        """Free what is loaded, or being loaded, with its processes and its memory."""
         running, self._running = self._running, None
         if self._loading is not None and running is None:
             running = await self._abandon(self._loading)
@@ -139,6 +128,10 @@ class VllmEngine:
         if folder is not None:
             folder.remove()
 
+    async def _score(self, running: Running, job: ScoreJob) -> ScoreArrays:
+        with _vllm_errors_translated(running, job):
+            return await self._unless_closed(_score(running, job))
+
     async def _unless_closed(self, request: Coroutine[None, None, ScoreArrays]) -> ScoreArrays:
         task = asyncio.create_task(request)
         self._in_flight.add(task)
@@ -152,7 +145,7 @@ class VllmEngine:
         finally:
             self._in_flight.discard(task)
 
-    async def _abandon(self, loading: asyncio.Task[_Running]) -> _Running | None:
+    async def _abandon(self, loading: asyncio.Task[Running]) -> Running | None:
         """End a load that nobody waits for any more; what it has built, if it got so far."""
         while not loading.done():
             # The thread can't be stopped, but it fails at once when the process it waits for is gone.
@@ -160,155 +153,154 @@ class VllmEngine:
             await asyncio.wait({loading}, timeout=DEATH_POLL_S)
         return None if loading.cancelled() or loading.exception() else loading.result()
 
-    async def _take_fast_route(self, running: _Running) -> _Running:
-        """With the fast route, if it fits and scores a sequence as the public one does; else as it was, and said so."""
-        if not self._options.fast_route:
-            return running
-        from vllm.platforms import current_platform
-
-        route = FastRoute(kernel.scratch_bytes(current_platform.device_type, vocab_rows=running.info.vocab_rows))
-        fast = replace(
-            running,
-            route=route,
-            info=replace(running.info, route=route.name, capabilities=route.capabilities),
-        )
+    async def _launch_public(self, checkpoint: Checkpoint) -> None:
+        config = await asyncio.to_thread(launch.configure, self._options, checkpoint, fast=False)
         try:
-            await _install_fast_route(running)
+            await self._launch(checkpoint, config, fast=False)
+        except AdapterError as exc:
+            await self._end()
+            raise EngineStartError(str(exc)) from exc
+        except (EngineError, EngineDeadError) as exc:
+            await self._end()
+            raise EngineStartError(f"vLLM loaded {self._options.model!r} but can't score with it: {exc}") from exc
+
+    async def _launch(self, checkpoint: Checkpoint, config: VllmConfig, *, fast: bool) -> None:
+        """Load the model, take a route, and score a first sequence.
+
+        Raises:
+            Exception: anything that vLLM or the fast route raises.
+        """
+        # Loading blocks for seconds to minutes. AsyncLLM binds to the loop of its first request, not to the thread
+        # that builds it, so a thread may build it and this loop use it.
+        self._loading = asyncio.create_task(asyncio.to_thread(self._load, checkpoint, config))
+        running = await asyncio.shield(self._loading)
+        if self._is_closed:
+            raise EngineStartError(f"the engine was closed while it loaded {self._options.model!r}")
+        self._running = running
+        if running.adapter is not None:
+            await _load_adapter(running, running.adapter)
+        if fast:
+            self._running = running = await self._take_fast_route(running)
+        await self._warm_up(running)
+        if running.adapter is not None:
             job = self_check.make_job(running.info)
-            with _vllm_errors_translated(running, job):
-                public = await self._unless_closed(_score(running, running.route, job))
-                ours = await self._unless_closed(_score(fast, fast.route, job))
+            base = await self._score(replace(running, adapter=None), job)
+            check_effect(await self._score(running, job), base, running.adapter)
+
+    async def _take_fast_route(self, running: Running) -> Running:
+        """With the fast route, if it scores a sequence as the public one does; else as it was, with the reason.
+
+        Raises:
+            EngineDeadError: vLLM died of it.
+        """
+        job = self_check.make_job(running.info)
+        try:
+            frontend.install()
+            installed = await on_every_worker(running.llm, "install_scoring", timeout_s=launch.INSTALL_TIMEOUT_S)
+            fast = _by_fast_route(running, installed)
+            public, ours = await self._score(running, job), await self._score(fast, job)
             self_check.compare(ours, public, dtype=running.info.dtype)
         except (probe.ProbeError, EngineError) as exc:
-            warning = (
-                "scoring by vLLM's public route, several times slower and without temperature, entropy and candidates: "
-                f"{exc}"
-            )
-            return replace(running, info=replace(running.info, warnings=(warning,)))
+            return replace(running, info=replace(running.info, route_reason=str(exc)))
         return fast
 
-    async def _warm_up(self, info: EngineInfo) -> None:
+    async def _warm_up(self, running: Running) -> None:
         """Score the shortest sequence: the first request compiles, and starts the listener that notices death."""
         job = ScoreJob(
             request_id="warm-up",
             token_ids=np.zeros(2, dtype=np.int32),
             score_start=1,
-            num_logprobs=info.max_num_logprobs,
+            num_logprobs=running.info.max_num_logprobs,
         )
-        checked(await self.score(job), job, vocab_rows=info.vocab_rows)  # so that broken weights stop the start
+        # so that broken weights stop the start
+        checked(await self._score(running, job), job, vocab_rows=running.info.vocab_rows)
 
-    def _load(self) -> _Running:
-        model = str(self._options.model)
-        directory = model_files.locate_model(model)
-        tokenizer = model_files.tokenizer_manifest(directory)
-        adapter = None if self._options.lora is None else Adapter.read(self._options.lora)
-        weights_digest = model_files.weights_digest(directory, *([] if adapter is None else [adapter.folder]))
-        dtype = self._dtype_of(directory)
-        environment.set_defaults()
+    async def _finish(self, reason: str | None) -> EngineInfo:
+        """What a loaded engine is, with the memory that it leaves.
+
+        Args:
+            reason: why the fast route was not even tried; None: it was, or is switched off.
+        """
+        running = self._running
+        assert running is not None  # noqa: S101 - an invariant
+        reason = reason or running.info.route_reason
+        info = running.info
+        if reason is not None:
+            warning = (
+                "scoring by vLLM's public route, several times slower and without temperature, entropy and candidates: "
+                f"{reason}"
+            )
+            info = replace(info, route_reason=reason, warnings=(*info.warnings, warning))
+        try:
+            info = replace(info, device_free_bytes=await self._measure(running))
+        except (EngineError, EngineDeadError) as exc:
+            await self._end()
+            raise EngineStartError(f"vLLM loaded {self._options.model!r} but can't score with it: {exc}") from exc
+        self._running = replace(running, info=info)
+        return info
+
+    async def _measure(self, running: Running) -> int | None:
+        """Device memory left for scoring, of the worker that has least; None: vLLM computes in main memory."""
+        if _device_type() == "cpu":
+            return None
+        info, config = running.info, running.llm.vllm_config.scheduler_config
+        length = min(info.max_request_tokens, config.max_num_batched_tokens)
+        full_step = [
+            ScoreJob(
+                request_id=f"full-step-{number}",
+                token_ids=np.zeros(length, dtype=np.int32),
+                score_start=1,
+                num_logprobs=min(1, info.max_num_logprobs),
+            )
+            for number in range(min(config.max_num_seqs, config.max_num_batched_tokens // length))
+        ]
+        # vLLM's allocator then holds what a step of the largest size takes
+        await asyncio.gather(*(self._score(running, job) for job in full_step))
+        left = await on_every_worker(running.llm, "free_device_bytes")
+        return min((one for one in left if one is not None), default=None)
+
+    def _load(self, checkpoint: Checkpoint, config: VllmConfig) -> Running:
         self._folder = environment.EngineFolder()
         try:
-            llm = self._build(directory, dtype, adapter)
-        except Exception as exc:
+            return launch.load(self._options, checkpoint, config, earlier_children=self._earlier_children)
+        except EngineStartError:
             self._folder.remove()
-            raise EngineStartError(
-                f"vLLM can't load model {model!r} from {directory}: {exc}; where its process failed, its log "
-                "above names the cause. Usual ones: an architecture that this version lacks, or too little memory "
-                "(lower max_model_len, kv_cache_bytes or gpu_memory_utilization)"
-            ) from exc
-        from vllm import __version__
-
-        config = llm.vllm_config.model_config
-        vocab_rows = int(config.get_vocab_size())
-        route = FlatRoute(vocab_rows, step_tokens=int(llm.vllm_config.scheduler_config.max_num_batched_tokens))
-        info = EngineInfo(
-            name="vllm",
-            version=str(__version__),
-            model_name=model_files.model_name(model),
-            weights_digest=weights_digest,
-            tokenizer=tokenizer,
-            vocab_rows=vocab_rows,
-            dtype=str(config.dtype).removeprefix("torch."),
-            max_model_len=int(config.max_model_len),
-            max_request_tokens=int(config.max_model_len) - NUM_GENERATED_TOKENS,
-            max_num_logprobs=min(self._options.max_num_logprobs, vocab_rows),
-            capabilities=route.capabilities,
-            route=route.name,
-        )
-        return _Running(
-            llm=llm,
-            processes=EngineProcesses(children() - self._earlier_children),
-            info=info,
-            route=route,
-            adapter=adapter,
-        )
-
-    def _dtype_of(self, directory: Path) -> str:
-        """The type asked for. vLLM's own `auto` would turn a float32 checkpoint into bfloat16."""
-        asked = self._options.dtype
-        return model_files.checkpoint_dtype(directory) or "auto" if asked == "auto" else asked
-
-    def _build(self, directory: Path, dtype: str, adapter: Adapter | None) -> AsyncLLM:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        options = self._options
-        is_cpu = current_platform.is_cpu()
-        in_process = is_cpu and options.tensor_parallel_size * options.pipeline_parallel_size == 1
-        enforce_eager = is_cpu if options.enforce_eager is None else options.enforce_eager
-        if is_cpu and enforce_eager:
-            environment.forbid_compiling()
-        arguments = AsyncEngineArgs(
-            model=str(directory),
-            skip_tokenizer_init=True,  # ids in, ids out
-            generation_config="vllm",  # the checkpoint's sampling defaults are no part of scoring
-            dtype=dtype,
-            quantization=options.quantization,
-            enable_lora=adapter is not None,
-            max_lora_rank=MIN_LORA_RANK if adapter is None else max(MIN_LORA_RANK, adapter.rank),
-            max_model_len=options.max_model_len,
-            max_logprobs=options.max_num_logprobs,
-            seed=options.seed,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            block_size=CPU_BLOCK_TOKENS if is_cpu else None,
-            kv_cache_memory_bytes=options.kv_cache_bytes or (CPU_KV_CACHE_BYTES if is_cpu else None),
-            tensor_parallel_size=options.tensor_parallel_size,
-            pipeline_parallel_size=options.pipeline_parallel_size,
-            data_parallel_size=options.data_parallel_size,
-            distributed_executor_backend=IN_PROCESS_EXECUTOR if in_process else None,
-            worker_cls=CPU_WORKER if is_cpu else "auto",
-            worker_extension_cls=WORKER_EXTENSION,
-            scheduler_cls=SCHEDULER if options.fast_route else None,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            max_num_seqs=options.max_num_seqs,
-            enforce_eager=enforce_eager,
-            enable_prefix_caching=options.fast_route,  # vLLM never reads it for public prompt logprobs
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-        )
-        return AsyncLLM.from_engine_args(arguments)
+            raise
 
 
-async def _install_fast_route(running: _Running) -> None:
-    """Prepare this process and vLLM's workers.
+def _import_vllm() -> None:
+    environment.set_defaults()
+    import vllm.v1.engine.async_llm  # noqa: F401
+
+
+async def _load_adapter(running: Running, adapter: Adapter) -> None:
+    """Load it before the first request: a failure there would end vLLM's process.
 
     Raises:
-        ProbeError: this vLLM is another than the route was written for.
+        AdapterError: vLLM refuses it, or would leave out a part of it.
     """
-    probe.check_frontend(running.info.version)
-    frontend.install()
-    for refusal in await running.llm.collective_rpc("install_scoring", timeout=WORKER_TIMEOUT_S):
-        if refusal is not None:
-            raise probe.ProbeError(refusal)
+    await on_every_worker(running.llm, "detach_adapter_from_logits")
+    try:
+        await running.llm.add_lora(adapter.request())
+    except Exception as exc:
+        raise AdapterError(f"vLLM can't load the LoRA adapter {adapter.folder}: {in_words(exc)}; {MERGE}") from exc
+    check_placed(await on_every_worker(running.llm, "adapter_placement"), adapter)
 
 
-async def _free_device_bytes(llm: AsyncLLM) -> int | None:
-    """Of the worker that has least left."""
-    left = await llm.collective_rpc("free_device_bytes", timeout=WORKER_TIMEOUT_S)
-    return min((one for one in left if one is not None), default=None)
+def _by_fast_route(running: Running, installed: Sequence[Installed]) -> Running:
+    route = FastRoute(max(one["scratch_bytes"] for one in installed))
+    notes = dict.fromkeys(note for one in installed for note in one["notes"])
+    info = replace(running.info, route=route.name, capabilities=route.capabilities, warnings=tuple(notes))
+    return replace(running, route=route, info=info)
 
 
-async def _score(running: _Running, route: Route, job: ScoreJob) -> ScoreArrays:
+def _device_type() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
+async def _score(running: Running, job: ScoreJob) -> ScoreArrays:
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
@@ -318,7 +310,7 @@ async def _score(running: _Running, route: Route, job: ScoreJob) -> ScoreArrays:
         temperature=0.0,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        **route.sampling(job),
+        **running.route.sampling(job),
     )
     adapter = None if running.adapter is None else running.adapter.request()
     outputs = running.llm.generate(tokens_input(job.token_ids.tolist()), sampling, job.request_id, lora_request=adapter)
@@ -326,12 +318,12 @@ async def _score(running: _Running, route: Route, job: ScoreJob) -> ScoreArrays:
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             if output.prompt_logprobs is not None:
-                return route.score_arrays(output.prompt_logprobs, job)
+                return running.route.score_arrays(output.prompt_logprobs, job)
     raise EngineError("vLLM answered without prompt logprobs; report this as a bug")
 
 
 @contextlib.contextmanager
-def _vllm_errors_translated(running: _Running, job: ScoreJob) -> Iterator[None]:
+def _vllm_errors_translated(running: Running, job: ScoreJob) -> Iterator[None]:
     from vllm.exceptions import VLLMError
     from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
@@ -343,6 +335,6 @@ def _vllm_errors_translated(running: _Running, job: ScoreJob) -> Iterator[None]:
         raise EngineError(f"vLLM failed on {job.num_tokens} tokens with {job.num_logprobs} logprobs: {exc}") from exc
 
 
-def _cause_of_death(running: _Running) -> str:
+def _cause_of_death(running: Running) -> str:
     cause = running.processes.cause_of_death() or str(running.llm.dead_error)
     return f"vLLM's engine is dead: {cause}"

@@ -17,6 +17,8 @@ _DEFAULTS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # oneDNN keeps a kernel for each number of rows that it has met, 1,024 of them: on a CPU a gigabyte over a day.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    # FlashInfer's sampler compiles itself with nvcc, and a token that is sampled beside scoring is dropped.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # CUDA can't be used in a forked child of a process that may have touched it.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }

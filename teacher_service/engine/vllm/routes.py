@@ -17,6 +17,12 @@ LOGIT_BYTES = 12
 """What the public route holds of each logit of a step: itself, its float32, its logprob, and the ranking's."""
 LISTED_ENTRY_BYTES = 220
 """An id, a logprob and a rank in Python lists, and as they were sent and received."""
+RANKED_ENTRY_BYTES = 12
+"""An id and a logprob as the public route holds them for all rows of a step."""
+ANSWER_ENTRY_BYTES = 8
+"""An id and a logprob of an answer that waits in the worker for its last row."""
+V2_CHUNK_ROWS = 1024
+"""Rows of a step of which the V2 runner makes public prompt logprobs at once."""
 
 
 class Route(Protocol):
@@ -56,15 +62,25 @@ class FlatRoute:
     vocab_rows: int
     step_tokens: int
     """Tokens of one step of vLLM, at most."""
+    chunk_rows: int | None
+    """Rows of a step, of all sequences, whose logits the V2 runner makes at once. None: the V1 runner, which makes
+    those of one sequence at once."""
     name: str = "flat"
     capabilities: frozenset[Capability] = frozenset()
 
     def price(self, job: ScoreJob) -> Price:
-        """See `Route.price`. vLLM keeps Python lists of the whole prompt, and all logits of a step several times."""
+        """See `Route.price`. vLLM keeps Python lists of the whole prompt, and logits several times."""
+        held_bytes = pricing.TOKEN_BYTES * job.num_tokens
+        held_bytes += LISTED_ENTRY_BYTES * pricing.num_entries(job, rows=job.num_tokens)
+        if self.chunk_rows is None:
+            rows = min(job.num_tokens, self.step_tokens)
+            return Price(held_bytes=held_bytes, peak_bytes=LOGIT_BYTES * self.vocab_rows * rows)
+        rows = min(self.chunk_rows, self.step_tokens)
+        row_bytes = RANKED_ENTRY_BYTES * (job.num_logprobs + 1)
         return Price(
-            held_bytes=pricing.TOKEN_BYTES * job.num_tokens
-            + LISTED_ENTRY_BYTES * pricing.num_entries(job, rows=job.num_tokens),
-            peak_bytes=LOGIT_BYTES * self.vocab_rows * min(job.num_tokens, self.step_tokens),
+            held_bytes=held_bytes,
+            peak_bytes=LOGIT_BYTES * self.vocab_rows * rows + row_bytes * self.step_tokens,
+            held_device_bytes=row_bytes * job.num_tokens,
         )
 
     def sampling(self, job: ScoreJob) -> dict[str, Any]:
@@ -89,7 +105,11 @@ class FastRoute:
 
     def price(self, job: ScoreJob) -> Price:
         """See `Route.price`."""
-        return Price(held_bytes=pricing.answer_bytes(job), peak_bytes=self.scratch_bytes)
+        return Price(
+            held_bytes=pricing.answer_bytes(job),
+            peak_bytes=self.scratch_bytes,
+            held_device_bytes=ANSWER_ENTRY_BYTES * pricing.num_entries(job),
+        )
 
     def sampling(self, job: ScoreJob) -> dict[str, Any]:
         """See `Route.sampling`."""

@@ -1,6 +1,6 @@
-"""Rows of logits to what is asked of them: exact, in blocks, without a float32 tensor of all rows.
+"""Top-k, tail mass and entropy of rows of logits: exact, in blocks, without a float32 tensor of all rows.
 
-Legend: R rows, V vocabulary rows, K top-k entries, C candidates per row.
+Legend: R rows, V vocabulary rows, K top-k entries, C given tokens per row.
 """
 
 from __future__ import annotations
@@ -25,40 +25,19 @@ SCRATCH_BLOCKS = 4
 """Of float32 logits that are there at once."""
 
 
-class Asked(NamedTuple):
-    """What is asked of each row."""
-
-    num_logprobs: int
-    """K."""
-    temperatures: Tensor | None
-    """`[R]`; None: 1 for all."""
-    sampled: Tensor
-    """`[R]` int64: the tokens that stand there."""
-    entropy: bool
-    """Whether the entropy is wanted."""
-    candidates: Tensor | None
-    """`[R, C]` int64; None: none."""
-
-
 class Scored(NamedTuple):
     """Float32 nats of the full softmax at the row's temperature."""
 
-    sampled: Tensor
-    """`[R]`."""
     topk_ids: Tensor
     """`[R, K]` int32."""
     topk: Tensor
-    """`[R, K]`, likeliest first."""
+    """`[R, K]` logprobs, likeliest first."""
     log_tail: Tensor
-    """`[R]`: mass outside the top-k, summed there; -inf where nothing is."""
+    """`[R]`: mass outside the top-k, summed by itself; -inf where nothing is."""
+    log_total: Tensor
+    """`[R]`: log of the sum of exp(logit / temperature); what turns a logit into a logprob."""
     entropy: Tensor | None
-    """`[R]`."""
-    candidates: Tensor | None
-    """`[R, C]`."""
-
-    def cpu(self) -> Scored:
-        """The same in main memory."""
-        return Scored(*(None if one is None else one.cpu() for one in self))  # type: ignore[arg-type] # as they are
+    """`[R]`; None: not computed."""
 
 
 def num_lm_head_rows(device_type: str, *, vocab_rows: int, itemsize: int) -> int:
@@ -74,8 +53,15 @@ def scratch_bytes(device_type: str, *, vocab_rows: int) -> int:
     return 4 * vocab_rows * rows + SCRATCH_BLOCKS * block_bytes
 
 
-def score_rows(logits: Tensor, asked: Asked) -> Scored:
-    """Score `[R, V]` logits of any float type, a block at a time."""
+def score_rows(logits: Tensor, num_logprobs: int, temperatures: Tensor | None, *, entropy: bool) -> Scored:
+    """Score rows of logits, a block at a time.
+
+    Args:
+        logits: `[R, V]` of any float type, R >= 1.
+        num_logprobs: K, in [0, V].
+        temperatures: `[R]` float32; None: 1 for all.
+        entropy: whether to compute the entropy.
+    """
     num_rows, vocab_rows = logits.shape
     size = BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES_ELSEWHERE) // (4 * vocab_rows)
     size = max(1, min(num_rows, size))
@@ -84,8 +70,18 @@ def score_rows(logits: Tensor, asked: Asked) -> Scored:
     for start in range(0, num_rows, size):
         block = slice(start, min(start + size, num_rows))
         z = buffer[: block.stop - block.start].copy_(logits[block])
-        parts.append(_score_block(z, asked, block))
+        if temperatures is not None:
+            z.div_(temperatures[block].unsqueeze(-1))
+        parts.append(_score_block(z, num_logprobs, entropy=entropy))
     return concatenate(parts)
+
+
+def logprobs_of(logits: Tensor, ids: Tensor, log_total: Tensor, temperatures: Tensor | None) -> Tensor:
+    """Logprobs of given tokens, `[R, C]` float32, from `[R, V]` logits, `[R, C]` int64 ids and `[R]` log totals."""
+    z = logits.gather(-1, ids).float()
+    if temperatures is not None:
+        z.div_(temperatures.unsqueeze(-1))
+    return z.sub_(log_total.unsqueeze(-1))
 
 
 def concatenate(parts: Sequence[Scored]) -> Scored:
@@ -119,18 +115,13 @@ def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, at)
 
 
-def _score_block(z: Tensor, asked: Asked, block: slice) -> Scored:
+def _score_block(z: Tensor, k: int, *, entropy: bool) -> Scored:
     """One block, whose logits `z` are overwritten."""
-    k = asked.num_logprobs
-    if asked.temperatures is not None:
-        z.div_(asked.temperatures[block].unsqueeze(-1))
     values, ids = top_k(z, k) if k else (z[:, :0], torch.empty((z.shape[0], 0), dtype=torch.int64, device=z.device))
     largest = values[:, :1] if k else z.amax(-1, keepdim=True)
-    sampled = z.gather(-1, asked.sampled[block].unsqueeze(-1))
-    candidates = None if asked.candidates is None else z.gather(-1, asked.candidates[block])
     z.sub_(largest)
     mean = None
-    if asked.entropy:
+    if entropy:
         exp = z.exp()
         # -inf stands for probability 0, and 0 * -inf must be 0
         mean = torch.sum(exp * z.clamp_min_(torch.finfo(z.dtype).min), -1)
@@ -140,13 +131,12 @@ def _score_block(z: Tensor, asked: Asked, block: slice) -> Scored:
     # the rest is summed by itself: one minus the top-k would round a small tail away
     rest = z.scatter_(-1, ids, 0.0).sum(-1)
     total = rest + (values - largest).exp().sum(-1)
-    log_total = total.log()
-    normaliser = largest + log_total.unsqueeze(-1)
+    log_sum = total.log()
+    log_total = largest.squeeze(-1) + log_sum
     return Scored(
-        sampled=(sampled - normaliser).squeeze(-1),
         topk_ids=ids.to(torch.int32),
-        topk=values - normaliser,
-        log_tail=rest.log() - log_total,
-        entropy=None if mean is None else log_total - mean / total,
-        candidates=None if candidates is None else candidates - normaliser,
+        topk=values - log_total.unsqueeze(-1),
+        log_tail=rest.log() - log_sum,
+        log_total=log_total,
+        entropy=None if mean is None else log_sum - mean / total,
     )

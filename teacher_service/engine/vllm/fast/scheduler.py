@@ -9,24 +9,42 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from teacher_service.engine.vllm.fast.parameters import Parameters
 
 
-class PrefixCappedScheduler(AsyncScheduler):  # type: ignore[misc] # vllm carries no types
-    """Named as `scheduler_cls`."""
+class PrefixCappedScheduler(Scheduler):  # type: ignore[misc] # vllm carries no types
+    """Named as `scheduler_cls` where vLLM schedules a step after the one before is computed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        manager = self.kv_cache_manager
-        look_up = manager.get_computed_blocks
+        cap_prefix_hits(self.kv_cache_manager)
 
-        def get_computed_blocks(request: Any) -> Any:
-            sampling = request.sampling_params
-            parameters = Parameters.unpack(sampling.extra_args) if sampling is not None else None
-            return look_up(request if parameters is None else _Shorter(request, parameters.score_start))
 
-        manager.get_computed_blocks = get_computed_blocks
+class PrefixCappedAsyncScheduler(AsyncScheduler):  # type: ignore[misc] # vllm carries no types
+    """Named as `scheduler_cls` where vLLM schedules a step while the one before is computed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        cap_prefix_hits(self.kv_cache_manager)
+
+
+def cap_prefix_hits(manager: Any) -> None:
+    """Let vLLM's `KVCacheManager` find no cached block of ours that holds a scored row."""
+    look_up = manager.get_computed_blocks
+
+    def get_computed_blocks(request: Any, *limit: int | None) -> Any:
+        sampling = request.sampling_params
+        parameters = Parameters.unpack(sampling.extra_args) if sampling is not None else None
+        if parameters is None:
+            return look_up(request, *limit)
+        if not limit:  # before 0.33, whose look-up has no limit
+            return look_up(_Shorter(request, parameters.score_start))
+        longest = request.num_tokens - 1 if limit[0] is None else limit[0]
+        return look_up(request, min(longest, parameters.score_start - 1))
+
+    manager.get_computed_blocks = get_computed_blocks
 
 
 class _Shorter:
