@@ -50,14 +50,16 @@ RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm 
 
 # hadolint ignore=DL3006 # as above
 FROM ${BASE} AS base-gpu
-# The one build tool in an image: Triton compiles the launchers of its kernels at run time.
+# Compilers, though nothing is built here: at run time Triton compiles each kernel's launcher in C, against Python's
+# headers, and torch.compile its host code in C++. No CUDA toolkit: attention and sampling that need nvcc are those of
+# FlashInfer, which scoring does without (docs/deploy.md says what a Blackwell GPU needs).
 # hadolint ignore=DL3008 # as above
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libnuma1 python3-dev && \
+RUN apt-get update && apt-get install -y --no-install-recommends g++ gcc libc6-dev libnuma1 python3-dev && \
     rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    # where V2 is the default: the fast route needs the V1 model runner
-    VLLM_USE_V2_MODEL_RUNNER=0
+    # vLLM would compile it with nvcc while it loads; what it samples is one token for each sequence, which is dropped
+    VLLM_USE_FLASHINFER_SAMPLER=0
 
 # hadolint ignore=DL3006 # one of the two stages above
 FROM base-${VARIANT}
@@ -69,28 +71,35 @@ LABEL org.opencontainers.image.title="gkd-teacher" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin gkd && \
-    install -d -o gkd -g gkd /models
+    install -d -o gkd -g gkd /models && install -d -m 1777 /cache
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=project /opt/gkd /opt/gkd
 COPY docker/healthcheck.py /app/
 WORKDIR /app
-# /tmp is the one folder that has to be writable: caches lie there too. Give it a tmpfs or a volume.
+# Two folders have to be writable, by whichever user. /tmp holds sockets and little else: a tmpfs will do. /cache holds
+# what vLLM, torch and Triton compile, gigabytes on a GPU, and code is loaded from there: keep it in a named volume, and
+# the next start finds it.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/gkd \
     HOME=/tmp \
     USER=gkd \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    NUMBA_CACHE_DIR=/tmp/numba \
-    TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
-    TRITON_CACHE_DIR=/tmp/triton \
+    XDG_CACHE_HOME=/cache \
+    FLASHINFER_WORKSPACE_BASE=/cache \
+    NUMBA_CACHE_DIR=/cache/numba \
+    TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
+    TRITON_CACHE_DIR=/cache/triton \
+    VLLM_CACHE_ROOT=/cache/vllm \
     VLLM_NO_USAGE_STATS=1 \
     TEACHER_HOST=0.0.0.0 \
     TEACHER_LOG_FORMAT=json
+VOLUME /cache
 USER 10001:10001
 EXPOSE 15555 15556
 STOPSIGNAL SIGTERM
-# A model takes from seconds to many minutes to load: raise the start period for a large one.
-HEALTHCHECK --interval=5s --timeout=5s --start-period=300s --retries=3 CMD ["python", "/app/healthcheck.py"]
+# Until the first success failures do not count for as long as a model of 60 GB may take: 10 min to read it at 100 MB/s,
+# 5 min to compile it and to measure its memory, and as much again for a slower disk.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=1800s --retries=3 CMD ["python", "/app/healthcheck.py"]
 ENTRYPOINT ["python", "-m", "teacher_service"]
 CMD ["serve"]

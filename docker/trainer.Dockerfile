@@ -50,12 +50,15 @@ RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm 
 
 # hadolint ignore=DL3006 # as above
 FROM ${BASE} AS base-gpu
-# The one build tool in an image: Triton compiles the launchers of its kernels at run time.
+# Compilers, though nothing is built here: at run time Triton compiles each kernel's launcher in C, against Python's
+# headers, and torch.compile its host code in C++. There is no CUDA toolkit.
 # hadolint ignore=DL3008 # as above
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libnuma1 python3-dev && \
+RUN apt-get update && apt-get install -y --no-install-recommends g++ gcc libc6-dev libnuma1 python3-dev && \
     rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    # vLLM would compile it with nvcc while it loads
+    VLLM_USE_FLASHINFER_SAMPLER=0
 
 # hadolint ignore=DL3006 # one of the two stages above
 FROM base-${VARIANT}

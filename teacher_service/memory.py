@@ -1,7 +1,8 @@
-"""Main memory that is really free to this process: what the machine has left, and what its container allows."""
+"""Main memory: what is really free to this process, of the machine and of its container, and what it holds."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,16 @@ def free_bytes() -> int:
     left = [int(psutil.virtual_memory().available)]
     left += [found for folder in _groups() if (found := _left_in(folder)) is not None]
     return max(0, min(left))
+
+
+def resident_bytes() -> int:
+    """Main memory that this process and its children hold; what they share counts for each of them."""
+    own = psutil.Process()
+    total = 0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # a child may have ended meanwhile
+            total += process.memory_info().rss
+    return total
 
 
 def _groups() -> list[Path]:

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from typing import NoReturn
 from structlog.typing import FilteringBoundLogger
 
 from protos.hosts import is_loopback
+from teacher_service import memory
 from teacher_service.access import AcceptedTokens, Access
 from teacher_service.admission import AdmissionLimits
 from teacher_service.config import ServiceSettings
+from teacher_service.engine import model_files
 from teacher_service.engine.base import Engine
 from teacher_service.errors import AddressError, EngineDeadError, TeacherServiceError
 from teacher_service.scoring import Scorer, ScoringLimits
@@ -29,7 +32,10 @@ from teacher_service.telemetry import Telemetry
 from teacher_service.tls import ServerTls
 from teacher_service.transports.grpc import GrpcTransport
 from teacher_service.transports.http import HttpTransport
+from teacher_service.types import EngineInfo
 
+PROGRESS_PERIOD_S = 30.0
+"""Between two lines of the log while the model loads."""
 # For answers that are scored but not written yet, once no work is left.
 _WRITE_GRACE_S = 2.0
 _ENGINE_CLOSE_TIMEOUT_S = 20.0
@@ -58,7 +64,14 @@ class Addresses:
 class TeacherServer:
     """Both transports over one scorer, and the life of the engine behind them."""
 
-    def __init__(self, settings: ServiceSettings, engine: Engine, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        engine: Engine,
+        telemetry: Telemetry,
+        *,
+        progress_period_s: float = PROGRESS_PERIOD_S,
+    ) -> None:
         """Listen to nothing yet.
 
         Raises:
@@ -67,6 +80,7 @@ class TeacherServer:
         self._settings = settings
         self._engine = engine
         self._telemetry = telemetry
+        self._progress_period_s = progress_period_s
         self._scorer = Scorer(engine, _limits(settings))
         access, tls = _access(settings, telemetry.logger), _tls(settings, telemetry.logger)
         self._grpc = GrpcTransport(
@@ -149,15 +163,21 @@ class TeacherServer:
 
     async def _live(self) -> NoReturn:
         """Load the model, open the gates, and raise once the engine is dead."""
-        info = await self._engine.start()
+        info, load_s = await self._load()
         self._scorer.open(info)
         await self._grpc.set_serving(serving=True)
         self.ready.set()
-        self._telemetry.engine_loaded(info.name, info.route)
+        self._telemetry.engine_loaded(info.name, info.route, reason=info.route_reason, load_s=load_s)
         for warning in info.warnings:
             self._telemetry.logger.warning(warning)
         self._telemetry.logger.info(
-            "ready", model=info.model_name, engine=info.name, route=info.route, dtype=info.dtype
+            "ready",
+            model=info.model_name,
+            engine=info.name,
+            route=info.route,
+            runner=info.runner,
+            dtype=info.dtype,
+            load_s=round(load_s, 1),
         )
         cause = await self._engine.wait_dead()
         self._scorer.fail(cause)
@@ -165,6 +185,29 @@ class TeacherServer:
         raise EngineDeadError(
             f"the engine died: {_cause_of(cause)}; its log above may say why. Restart the service"
         ) from cause
+
+    async def _load(self) -> tuple[EngineInfo, float]:
+        """What the engine is once it has loaded, and the seconds that it took."""
+        began_s = time.perf_counter()
+        reporting = asyncio.create_task(self._report_loading(began_s))
+        try:
+            info = await self._engine.start()
+        finally:
+            reporting.cancel()
+        return info, time.perf_counter() - began_s
+
+    async def _report_loading(self, began_s: float) -> NoReturn:
+        """A line now and then, so that a long load can be told from a hung one."""
+        model = self._settings.model
+        weights_bytes = None if model is None else model_files.weights_bytes(model)
+        while True:
+            await asyncio.sleep(self._progress_period_s)
+            self._telemetry.logger.info(
+                "loading",
+                load_s=round(time.perf_counter() - began_s, 1),
+                weights_bytes=weights_bytes,
+                resident_bytes=await asyncio.to_thread(memory.resident_bytes),
+            )
 
     async def _drain(self, life: asyncio.Task[NoReturn], abort: asyncio.Event) -> None:
         self._scorer.begin_drain()

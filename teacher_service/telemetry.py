@@ -143,8 +143,14 @@ class Telemetry:
         }
         self._engine_info = Gauge(
             "teacher_engine_route",
-            "1 for the engine and the way of scoring that it takes (`fast` or `flat` for vllm).",
-            ["engine", "route"],
+            "1 for the engine and the way of scoring that it takes (`fast` or `flat` for vllm), with the reason where "
+            "it is not the fastest.",
+            ["engine", "route", "reason"],
+            registry=self.registry,
+        )
+        self._engine_load_s = Gauge(
+            "teacher_engine_load_seconds",
+            "Seconds that the engine took to load the model; 0 while it loads.",
             registry=self.registry,
         )
         self._queue_s = self._histogram("teacher_queue_seconds", "Seconds waiting for admission.")
@@ -156,9 +162,10 @@ class Telemetry:
         """Offer a gauge that is read when metrics are collected."""
         Gauge(name, description, registry=self.registry).set_function(read)
 
-    def engine_loaded(self, engine: str, route: str) -> None:
-        """Say which engine scores, and how."""
-        self._engine_info.labels(engine, route).set(1)
+    def engine_loaded(self, engine: str, route: str, *, reason: str | None, load_s: float) -> None:
+        """Say which engine scores, how, why not in its fastest way, and how long it took to load."""
+        self._engine_info.labels(engine, route, reason or "").set(1)
+        self._engine_load_s.set(load_s)
 
     @contextmanager
     def request(self, method: str, carrier: Mapping[str, str] | None = None) -> Iterator[RequestRecord]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.teacher.v1 import teacher_pb2 as pb
+from teacher_service.config import ServiceSettings
 from teacher_service.engine.fake import FakeEngine
 from teacher_service.errors import AddressError, EngineDeadError, EngineStartError
+from teacher_service.server import TeacherServer
+from teacher_service.telemetry import Telemetry, build_logger
 from teacher_service.types import ScoreJob
 from tests.support.service import (
     DOORS,
@@ -68,6 +73,52 @@ async def test_a_request_before_readiness_is_refused_and_works_after(door: Door)
         assert (await door(service, GOOD)).reason == "OK"
         assert await health(service) == {SERVING}
         assert [await http_status(service, path) for path in ("/healthz", "/readyz", "/v1/manifest")] == [200, 200, 200]
+
+
+def events(log: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.getvalue().splitlines()]
+
+
+async def test_a_long_load_says_how_far_it_is_and_how_long_it_took(tmp_path: Path) -> None:
+    """A line in each period, which ends with the load; the time stands in the last line and in a metric."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(12345))
+    engine, log = FakeEngine(), io.StringIO()
+    engine.loading_gate.clear()
+    telemetry = Telemetry(build_logger(level="info", log_format="json", file=log))
+    settings = ServiceSettings(engine="fake", model=str(tmp_path), grpc_port=0, http_port=0)
+    server = TeacherServer(settings, engine, telemetry, progress_period_s=0.001)
+    stop = asyncio.Event()
+    async with server.listening():
+        life = asyncio.create_task(server.run(stop=stop, abort=asyncio.Event()))
+        await until(lambda: [line["event"] for line in events(log)].count("loading") >= 2)
+        assert telemetry.registry.get_sample_value("teacher_engine_load_seconds") == 0
+        engine.loading_gate.set()
+        await asyncio.wait_for(server.ready.wait(), TIMEOUT_S)
+        stop.set()
+        await asyncio.wait_for(life, TIMEOUT_S)
+    lines = events(log)
+    loading = [line for line in lines if line["event"] == "loading"]
+    assert {line["weights_bytes"] for line in loading} == {12345}
+    assert all(line["resident_bytes"] > 0 for line in loading)
+    assert [line["load_s"] for line in loading] == sorted(line["load_s"] for line in loading)
+    [ready] = [line for line in lines if line["event"] == "ready"]
+    assert lines.index(ready) > lines.index(loading[-1])
+    took_s = telemetry.registry.get_sample_value("teacher_engine_load_seconds")
+    assert took_s is not None
+    assert took_s > 0
+    assert ready["load_s"] == round(took_s, 1)
+
+
+async def test_a_failed_load_reports_no_longer() -> None:
+    """The task that writes the lines ends with the load, however that ends."""
+    engine, log = FakeEngine(start_error=EngineStartError("no model")), io.StringIO()
+    telemetry = Telemetry(build_logger(level="info", log_format="json", file=log))
+    server = TeacherServer(ServiceSettings(engine="fake", grpc_port=0, http_port=0), engine, telemetry)
+    before = asyncio.all_tasks()
+    with pytest.raises(EngineStartError, match="no model"):
+        await server.run(stop=asyncio.Event(), abort=asyncio.Event())
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
 
 
 async def test_a_watcher_of_health_sees_every_turn() -> None:

@@ -53,7 +53,7 @@ def offered() -> dict[str, set[str]]:
         TeacherServer(ServiceSettings(engine="fake"), FakeEngine(), telemetry)
 
     asyncio.run(serve_nothing())
-    telemetry.engine_loaded("fake", "fast")
+    telemetry.engine_loaded("fake", "fast", reason=None, load_s=1.0)
     for source in AnswerSource:
         with telemetry.request("Score") as record:
             record.source, record.num_scored = source, 1
