@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 DEATH_POLL_S = 0.2
 SHUTDOWN_TIMEOUT_S = 15.0
 """Seconds that vLLM's processes may take to end by themselves."""
+FIRST_SCORES_TIMEOUT_S = 1800.0
+"""Seconds between a loaded model and its readiness: kernels are compiled and compared, and a full step is scored."""
 
 
 class VllmEngine:
@@ -61,9 +63,8 @@ class VllmEngine:
         checkpoint = await asyncio.to_thread(launch.read_checkpoint, self._options)
         reason = await asyncio.to_thread(probe.refusal) if self._options.fast_route else None
         if self._options.fast_route and reason is None:
-            config = await asyncio.to_thread(launch.configure, self._options, checkpoint, fast=True)
             try:
-                await self._launch(checkpoint, config, fast=True)
+                await self._launch(checkpoint, fast=True)
             except AdapterError as exc:
                 await self._end()
                 raise EngineStartError(str(exc)) from exc
@@ -74,7 +75,7 @@ class VllmEngine:
                 await self._end()
         if self._running is None:
             await self._launch_public(checkpoint)
-        return await self._finish(reason)
+        return self._explain(reason)
 
     def price(self, job: ScoreJob) -> Price:
         """See `Engine.price`."""
@@ -154,22 +155,22 @@ class VllmEngine:
         return None if loading.cancelled() or loading.exception() else loading.result()
 
     async def _launch_public(self, checkpoint: Checkpoint) -> None:
-        config = await asyncio.to_thread(launch.configure, self._options, checkpoint, fast=False)
         try:
-            await self._launch(checkpoint, config, fast=False)
+            await self._launch(checkpoint, fast=False)
         except AdapterError as exc:
             await self._end()
             raise EngineStartError(str(exc)) from exc
-        except (EngineError, EngineDeadError) as exc:
+        except (EngineError, EngineDeadError, TimeoutError) as exc:
             await self._end()
             raise EngineStartError(f"vLLM loaded {self._options.model!r} but can't score with it: {exc}") from exc
 
-    async def _launch(self, checkpoint: Checkpoint, config: VllmConfig, *, fast: bool) -> None:
-        """Load the model, take a route, and score a first sequence.
+    async def _launch(self, checkpoint: Checkpoint, *, fast: bool) -> None:
+        """Load the model, take a route, score first sequences, and measure the memory that is left.
 
         Raises:
             Exception: anything that vLLM or the fast route raises.
         """
+        config = await asyncio.to_thread(launch.configure, self._options, checkpoint, fast=fast)
         # Loading blocks for seconds to minutes. AsyncLLM binds to the loop of its first request, not to the thread
         # that builds it, so a thread may build it and this loop use it.
         self._loading = asyncio.create_task(asyncio.to_thread(self._load, checkpoint, config))
@@ -177,15 +178,23 @@ class VllmEngine:
         if self._is_closed:
             raise EngineStartError(f"the engine was closed while it loaded {self._options.model!r}")
         self._running = running
+        try:
+            async with asyncio.timeout(FIRST_SCORES_TIMEOUT_S):
+                self._running = await self._prepare(running, fast=fast)
+        except TimeoutError as exc:
+            raise TimeoutError(f"first sequences were not scored within {FIRST_SCORES_TIMEOUT_S:.0f} s") from exc
+
+    async def _prepare(self, running: Running, *, fast: bool) -> Running:
         if running.adapter is not None:
             await _load_adapter(running, running.adapter)
         if fast:
-            self._running = running = await self._take_fast_route(running)
+            running = await self._take_fast_route(running)
         await self._warm_up(running)
         if running.adapter is not None:
             job = self_check.make_job(running.info)
             base = await self._score(replace(running, adapter=None), job)
             check_effect(await self._score(running, job), base, running.adapter)
+        return replace(running, info=replace(running.info, device_free_bytes=await self._measure(running)))
 
     async def _take_fast_route(self, running: Running) -> Running:
         """With the fast route, if it scores a sequence as the public one does; else as it was, with the reason.
@@ -215,8 +224,8 @@ class VllmEngine:
         # so that broken weights stop the start
         checked(await self._score(running, job), job, vocab_rows=running.info.vocab_rows)
 
-    async def _finish(self, reason: str | None) -> EngineInfo:
-        """What a loaded engine is, with the memory that it leaves.
+    def _explain(self, reason: str | None) -> EngineInfo:
+        """What a loaded engine is, with the reason and a warning where it is not on the fast route.
 
         Args:
             reason: why the fast route was not even tried; None: it was, or is switched off.
@@ -231,11 +240,6 @@ class VllmEngine:
                 f"{reason}"
             )
             info = replace(info, route_reason=reason, warnings=(*info.warnings, warning))
-        try:
-            info = replace(info, device_free_bytes=await self._measure(running))
-        except (EngineError, EngineDeadError) as exc:
-            await self._end()
-            raise EngineStartError(f"vLLM loaded {self._options.model!r} but can't score with it: {exc}") from exc
         self._running = replace(running, info=info)
         return info
 
