@@ -44,6 +44,8 @@ def _replayed(folder: Path) -> dict[str, object]:
         f"{ROLLOUT}.agent.agent_loop_config_path": loops,
         f"{ROLLOUT}.agent.default_agent_loop": "replay",
         f"{ACTOR}.fsdp_config.dtype": "float32",
+        # also on a processor whose instructions for bfloat16 would be used
+        f"++{ACTOR}.fsdp_config.mixed_precision": "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}",
         f"{ACTOR}.optim.optimizer": "SGD",
         f"{ACTOR}.optim.lr": 0.1,
         f"{ACTOR}.optim.weight_decay": 0.0,

@@ -260,6 +260,16 @@ def test_runs_on_one_machine_have_sockets_of_their_own(monkeypatch: pytest.Monke
     assert own_handle("ipc:///tmp/rl-colocate-zmq-1.sock") == f"ipc://{tmp_path}/rl-colocate-zmq-1.sock"
 
 
+def test_verl_loads_an_adapter_by_a_method_that_vllm_has_renamed() -> None:
+    """The rollout on a CPU gives it its old name; with a newer verl or vLLM that can go."""
+    from verl.utils.vllm import utils
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    assert "hf_to_vllm_mapper = hf_to_vllm_mapper.get_unstacked_mapper()" in inspect.getsource(utils)
+    assert not hasattr(WeightsMapper, "get_unstacked_mapper")
+    assert _parameters(WeightsMapper.get_rename_mapper) == [("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+
+
 def test_a_late_start_of_ray_is_known_by_its_words() -> None:
     """Ray raises a bare Exception, which only its text tells from others."""
     from ray._private.node import Node

@@ -368,6 +368,7 @@ TRAINER_VLLM_SEAMS = (
     Seam(CPU, "vllm.v1.worker.gpu_model_runner:GPUModelRunner", has=("get_model", "model_config")),
     Seam(CPU, "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights", accepts=("weights_iterator",)),
     Seam(CPU, "vllm.model_executor.model_loader.reload:layerwise"),
+    Seam(CPU, "vllm.model_executor.models.utils:WeightsMapper"),
     Seam(CPU, "vllm.model_executor.model_loader.reload.layerwise:logger"),
     Seam(CPU, "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead", has=("quant_method",)),
     Seam(CPU, "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),

@@ -21,6 +21,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.models.utils import WeightsMapper
 
 
 def reload_weights(model_runner: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> None:  # vLLM's, untyped
@@ -38,6 +39,15 @@ def reload_weights(model_runner: Any, weights: Sequence[tuple[str, torch.Tensor]
         if isinstance(head, ParallelLMHead):
             head.weight = embedding.weight
             head.quant_method.process_weights_after_loading(head)  # packs the new weights
+
+
+def name_unstacked_mapper() -> None:
+    """Give vLLM's mapper of weight names the method by which verl 0.9.1 loads an adapter.
+
+    vLLM has renamed it, for all users that name modules instead of loading them, as an adapter's do.
+    """
+    if not hasattr(WeightsMapper, "get_unstacked_mapper"):
+        WeightsMapper.get_unstacked_mapper = WeightsMapper.get_rename_mapper
 
 
 @contextmanager
@@ -78,6 +88,7 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):  # type: ignore[misc]  # 
     ) -> None:
         """Take one full set of weights. LoRA adapters after the first sync go verl's own way."""
         if peft_config and base_sync_done:
+            name_unstacked_mapper()
             super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
             return
         received: list[tuple[str, torch.Tensor]] = []
