@@ -45,13 +45,13 @@ def _read_json_object(text: str) -> Mapping[str, Any]:
         found = None
     if isinstance(found, dict):
         return found
-    raise ValueError('give a JSON object, such as {"block_size": 16}')
+    raise ValueError('give a JSON object, such as {"block_size": 64}')
 
 
 def _split(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise ValueError(f"{text!r} is no KEY=VALUE; write, for example, block_size=16 or enable_expert_parallel=true")
+        raise ValueError(f"{text!r} is no KEY=VALUE; write, for example, block_size=64 or enable_expert_parallel=true")
     return key, value
 
 

@@ -175,7 +175,8 @@ class TeacherServer:
             model=info.model_name,
             engine=info.name,
             route=info.route,
-            runner=info.runner,
+            **({} if info.runner is None else {"runner": info.runner}),
+            max_request_tokens=info.max_request_tokens,
             dtype=info.dtype,
             load_s=round(load_s, 1),
         )

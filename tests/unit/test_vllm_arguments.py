@@ -115,7 +115,7 @@ def test_a_value_of_another_type_is_refused(name: str, text: str, parts: Sequenc
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("blok_size", ("no engine argument blok_size", "nearest is block_size", "Engine Arguments")),
+        ("blok_size", ("no engine argument blok_size", "did you mean block_size?", "Engine Arguments")),
         ("_api_process_count", ("no engine argument _api_process_count",)),
         ("model", ("use --model",)),
         ("max_model_len", ("use --max-model-len",)),

@@ -16,8 +16,9 @@ from teacher_service.engine.vllm import engine as vllm_engine
 from teacher_service.engine.vllm import launch
 from teacher_service.engine.vllm.engine import VllmEngine
 from teacher_service.engine.vllm.extension import TeacherExtension
+from teacher_service.engine.vllm.processes import EngineProcesses
 from teacher_service.engine.vllm.routes import FastRoute, FlatRoute
-from teacher_service.errors import EngineError
+from teacher_service.errors import EngineDeadError, EngineError
 from teacher_service.types import Price, ScoreJob
 
 
@@ -35,6 +36,10 @@ class Engines:
 
     def __init__(self, answers: dict[str, Any]) -> None:
         self.engine_core = self
+        self.llm = self
+        self.errored = False
+        self.dead_error = "no cause known"
+        self.processes = EngineProcesses([])
         self.core_engines = list(answers)
         self._answers = answers
         self.calls: list[tuple[Any, ...]] = []
@@ -57,12 +62,27 @@ async def test_each_worker_of_each_engine_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"), [(RuntimeError("no such\n method"), "RuntimeError: no such method"), (None, "within 0 s")]
+    ("answer", "kind", "message"),
+    [
+        (RuntimeError("no such\n method"), EngineError, "failed in work: RuntimeError: no such method"),
+        (None, TimeoutError, "did not finish work within 0 s"),
+    ],
 )
-async def test_a_worker_that_fails_or_hangs_is_an_error(answer: Any, message: str) -> None:
+async def test_a_worker_that_fails_or_hangs_is_an_error(answer: Any, kind: type[Exception], message: str) -> None:
     """Also where it is not the first engine's."""
-    with pytest.raises(EngineError, match=message):
-        await launch.on_every_worker(Engines({"a": [1], "b": answer}), "work", timeout_s=0.05)  # type: ignore[arg-type]
+    engines: Any = Engines({"a": [1], "b": answer})
+    with pytest.raises(kind, match=message):
+        await launch.on_every_worker(engines, "work", timeout_s=0.05)
+
+
+async def test_nothing_is_waited_for_in_a_dead_engine() -> None:
+    """A process that ends during a call never answers it."""
+    engines: Any = Engines({"a": None})
+    calling = asyncio.create_task(launch.on_every_worker(engines, "work", timeout_s=1e6))
+    await asyncio.sleep(0)
+    engines.errored = True
+    with pytest.raises(EngineDeadError, match="vLLM's engine is dead: no cause known, during work"):
+        await asyncio.wait_for(calling, 60)
 
 
 def test_what_the_allocator_holds_unused_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +118,8 @@ async def test_memory_is_measured_after_a_step_of_the_largest_size(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, max_num_seqs=max_num_seqs)
     )
     info = SimpleNamespace(max_request_tokens=max_request_tokens, max_num_logprobs=8)
-    running: Any = SimpleNamespace(llm=engines, info=info)
+    engines.info = info
+    running: Any = engines
     assert await VllmEngine(EngineOptions(model="m"))._measure(running) == 5_000
     assert [job.num_tokens for job in scored] == lengths
     assert {job.score_start for job in scored} == {1}

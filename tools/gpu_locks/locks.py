@@ -34,9 +34,12 @@ def read_lock(path: Path) -> dict[str, Pin]:
     """The pins of a lock, by name.
 
     Raises:
-        CheckError: a line is no pinned distribution with hashes.
+        CheckError: it can't be read, or a line is no pinned distribution with hashes.
     """
-    joined = path.read_text().replace("\\\n", " ")
+    try:
+        joined = path.read_text().replace("\\\n", " ")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise CheckError(f"{path.name} can't be read ({exc}); write it anew: make lock") from exc
     lines = [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     pins = [_read_pin(line, path) for line in lines]
     return {pin.name: pin for pin in pins}

@@ -7,6 +7,7 @@ each part of the folder is either one that vLLM applies, or the start fails.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,12 +126,17 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         raise ValueError(f"its adapter_config.json holds a {type(config).__name__}, not an object")  # noqa: TRY004
     ranks = _pattern(config, "rank")
     for name, rank in {"r": config.get("r"), **ranks}.items():
-        if not (isinstance(rank, int) and rank > 0):
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"its rank {name} is {rank!r}, not a positive integer")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise ValueError(f"its lora_alpha is {config.get('lora_alpha')!r}, not a number")  # noqa: TRY004
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_pattern(config, "alpha")}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"its scale {name} is {alpha!r}, not a finite number")
     if "target_modules" not in config:
         raise ValueError("its adapter_config.json has no target_modules")
+    targets = config["target_modules"]
+    names = targets if isinstance(targets, list) else [targets or ""]
+    if not all(isinstance(one, str) for one in names):
+        raise ValueError(f"its target_modules is {targets!r}, neither a text nor a list of names")
     for pattern in (*ranks, config["target_modules"]):
         if isinstance(pattern, str):
             _compiled(pattern)
@@ -231,8 +237,16 @@ def _rank_of(module: str, config: Mapping[str, Any]) -> int:
     return int(config["r"])
 
 
-def _pattern(config: Mapping[str, Any], name: str) -> Mapping[str, int]:
-    return config.get(f"{name}_pattern") or {}
+def _pattern(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Values by module.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    found = config.get(f"{name}_pattern") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"its {name}_pattern is {found!r}, not a mapping from modules")  # noqa: TRY004
+    return found
 
 
 def _names_lm_head(modules: str | list[str] | None) -> bool:
@@ -243,7 +257,9 @@ def _names_lm_head(modules: str | list[str] | None) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in version.split(".")[:2])
+    """Major and minor number; none where the version does not begin with numbers, as that of a development build."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return () if found is None else (int(found[1]), int(found[2]))
 
 
 def _some(items: Sequence[str]) -> str:

@@ -170,11 +170,12 @@ def _refuse(name: str, known: Mapping[str, object]) -> None:
     if name in _REASONS:
         raise _error(name, f"{name} can't be set: {_REASONS[name]}")
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(name, known, n=1)
+        suggestion = f"; did you mean {nearest[0]}?" if nearest else "."
         raise _error(
             name,
-            f"this vLLM has no engine argument {name}; the nearest is {nearest}. All of them are on the page Engine "
-            "Arguments of vLLM's documentation, and in the output of `vllm serve --help=all`",
+            f"this vLLM has no engine argument {name}{suggestion} All of them are on the page Engine Arguments of "
+            "vLLM's documentation",
         )
 
 

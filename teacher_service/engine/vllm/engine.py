@@ -24,7 +24,14 @@ from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.vllm import environment, launch
 from teacher_service.engine.vllm.adapter import MERGE, Adapter, AdapterError, check_effect, check_placed
 from teacher_service.engine.vllm.fast import frontend, probe, self_check
-from teacher_service.engine.vllm.launch import Checkpoint, Running, in_words, on_every_worker
+from teacher_service.engine.vllm.launch import (
+    DEATH_POLL_S,
+    Checkpoint,
+    Running,
+    cause_of_death,
+    in_words,
+    on_every_worker,
+)
 from teacher_service.engine.vllm.processes import EngineProcesses, children
 from teacher_service.engine.vllm.routes import NUM_GENERATED_TOKENS, FastRoute
 from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
@@ -35,11 +42,12 @@ if TYPE_CHECKING:
 
     from teacher_service.engine.vllm.fast.worker import Installed
 
-DEATH_POLL_S = 0.2
 SHUTDOWN_TIMEOUT_S = 15.0
 """Seconds that vLLM's processes may take to end by themselves."""
-FIRST_SCORES_TIMEOUT_S = 1800.0
-"""Seconds between a loaded model and its readiness: kernels are compiled and compared, and a full step is scored."""
+FIRST_SCORES_TIMEOUT_S = {True: 300.0, False: 1800.0}
+"""Seconds between a loaded model and its readiness, by whether it is tried by the fast route: kernels are compiled and
+compared, and a full step is scored. The fast route's are few, so that a start by the public route may still follow
+before a supervisor gives the process up."""
 
 
 class VllmEngine:
@@ -104,7 +112,7 @@ class VllmEngine:
         while True:
             # vLLM notices by itself when its process ends or reports a fatal error, but has nothing to await.
             if self._running is not None and self._running.llm.errored:
-                return EngineDeadError(_cause_of_death(self._running))
+                return EngineDeadError(cause_of_death(self._running))
             await asyncio.sleep(DEATH_POLL_S)
 
     async def close(self) -> None:
@@ -178,11 +186,15 @@ class VllmEngine:
         if self._is_closed:
             raise EngineStartError(f"the engine was closed while it loaded {self._options.model!r}")
         self._running = running
+        scope = asyncio.timeout(FIRST_SCORES_TIMEOUT_S[fast])
         try:
-            async with asyncio.timeout(FIRST_SCORES_TIMEOUT_S):
+            async with scope:
                 self._running = await self._prepare(running, fast=fast)
         except TimeoutError as exc:
-            raise TimeoutError(f"first sequences were not scored within {FIRST_SCORES_TIMEOUT_S:.0f} s") from exc
+            if not scope.expired():
+                raise
+            limit_s = FIRST_SCORES_TIMEOUT_S[fast]
+            raise TimeoutError(f"vLLM did not score its first sequences within {limit_s:.0f} s") from exc
 
     async def _prepare(self, running: Running, *, fast: bool) -> Running:
         if running.adapter is not None:
@@ -205,7 +217,7 @@ class VllmEngine:
         job = self_check.make_job(running.info)
         try:
             frontend.install()
-            installed = await on_every_worker(running.llm, "install_scoring", timeout_s=launch.INSTALL_TIMEOUT_S)
+            installed = await on_every_worker(running, "install_scoring", timeout_s=launch.INSTALL_TIMEOUT_S)
             fast = _by_fast_route(running, installed)
             public, ours = await self._score(running, job), await self._score(fast, job)
             self_check.compare(ours, public, dtype=running.info.dtype)
@@ -260,7 +272,7 @@ class VllmEngine:
         ]
         # vLLM's allocator then holds what a step of the largest size takes
         await asyncio.gather(*(self._score(running, job) for job in full_step))
-        left = await on_every_worker(running.llm, "free_device_bytes")
+        left = await on_every_worker(running, "free_device_bytes")
         return min((one for one in left if one is not None), default=None)
 
     def _load(self, checkpoint: Checkpoint, config: VllmConfig) -> Running:
@@ -283,12 +295,12 @@ async def _load_adapter(running: Running, adapter: Adapter) -> None:
     Raises:
         AdapterError: vLLM refuses it, or would leave out a part of it.
     """
-    await on_every_worker(running.llm, "detach_adapter_from_logits")
+    await on_every_worker(running, "detach_adapter_from_logits")
     try:
         await running.llm.add_lora(adapter.request())
     except Exception as exc:
         raise AdapterError(f"vLLM can't load the LoRA adapter {adapter.folder}: {in_words(exc)}; {MERGE}") from exc
-    check_placed(await on_every_worker(running.llm, "adapter_placement"), adapter)
+    check_placed(await on_every_worker(running, "adapter_placement"), adapter)
 
 
 def _by_fast_route(running: Running, installed: Sequence[Installed]) -> Running:
@@ -334,11 +346,6 @@ def _vllm_errors_translated(running: Running, job: ScoreJob) -> Iterator[None]:
     try:
         yield
     except VllmEngineDeadError as exc:
-        raise EngineDeadError(_cause_of_death(running)) from exc
+        raise EngineDeadError(cause_of_death(running)) from exc
     except VLLMError as exc:
         raise EngineError(f"vLLM failed on {job.num_tokens} tokens with {job.num_logprobs} logprobs: {exc}") from exc
-
-
-def _cause_of_death(running: Running) -> str:
-    cause = running.processes.cause_of_death() or str(running.llm.dead_error)
-    return f"vLLM's engine is dead: {cause}"

@@ -11,7 +11,8 @@ _DEFAULTS = {
     # Scoring is a service among others on its machine: it reports to nobody and leaves the logs to its owner.
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Its warnings are about choices that the service makes for it; what fails is an error.
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     # Pinning threads to cores starves whatever else runs on the same machine, such as the trainer.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

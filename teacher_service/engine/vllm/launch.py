@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -16,7 +17,7 @@ from teacher_service.engine.vllm import arguments, environment
 from teacher_service.engine.vllm.adapter import Adapter
 from teacher_service.engine.vllm.processes import EngineProcesses, children
 from teacher_service.engine.vllm.routes import NUM_GENERATED_TOKENS, V2_CHUNK_ROWS, FlatRoute, Route
-from teacher_service.errors import EngineError, EngineStartError
+from teacher_service.errors import EngineDeadError, EngineError, EngineStartError
 from teacher_service.types import EngineInfo, TokenizerManifest
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ SCHEDULERS = {
 """Those of the fast route, by whether vLLM schedules a step while the one before is computed."""
 WORKER_TIMEOUT_S = 60.0
 """Seconds that vLLM's workers may take for a call beside scoring."""
-INSTALL_TIMEOUT_S = 900.0
+INSTALL_TIMEOUT_S = 240.0
 """Seconds that they may take to compile the fast route's kernels and to compare them."""
+DEATH_POLL_S = 0.2
+"""Seconds between two looks whether vLLM's engine lives: it has nothing to await."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +159,7 @@ def load(
         info=EngineInfo(
             name="vllm",
             version=str(__version__),
-            model_name=model_files.model_name(str(options.model)),
+            model_name=_name(options, checkpoint),
             weights_digest=checkpoint.weights_digest,
             tokenizer=checkpoint.tokenizer,
             vocab_rows=vocab_rows,
@@ -184,31 +187,51 @@ def make_room(config: VllmConfig) -> int:
     return NUM_GENERATED_TOKENS
 
 
-async def on_every_worker(llm: AsyncLLM, method: str, *, timeout_s: float = WORKER_TIMEOUT_S) -> list[Any]:
+async def on_every_worker(running: Running, method: str, *, timeout_s: float = WORKER_TIMEOUT_S) -> list[Any]:
     """What a method of the extension returns on each worker of each engine. vLLM's own call gives the first engine's.
 
     Raises:
-        EngineError: it raised on one of them, or took too long.
+        EngineError: it raised on one of them.
+        EngineDeadError: vLLM died meanwhile.
+        TimeoutError: it took too long; a worker may still be busy with it.
     """
-    client = llm.engine_core
+    client = running.llm.engine_core
     calls = [
         client._call_utility_async("collective_rpc", method, timeout_s, (), None, engine=engine)
         for engine in client.core_engines
     ]
+    gathering = asyncio.gather(*calls)
+    deadline_s = time.monotonic() + timeout_s
     try:
-        async with asyncio.timeout(timeout_s):
-            answers = await asyncio.gather(*calls)
-    except TimeoutError as exc:
-        raise EngineError(f"vLLM's workers did not finish {method} within {timeout_s:.0f} s") from exc
-    except Exception as exc:
-        raise EngineError(f"vLLM's worker failed in {method}: {in_words(exc)}") from exc
-    return [one for answer in answers for one in answer]
+        while not (await asyncio.wait({gathering}, timeout=DEATH_POLL_S))[0]:
+            if running.llm.errored:
+                raise EngineDeadError(f"{cause_of_death(running)}, during {method}")
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"vLLM's workers did not finish {method} within {timeout_s:.0f} s")
+    finally:
+        gathering.cancel()
+    failure = gathering.exception()
+    if failure is not None:
+        raise EngineError(f"vLLM's worker failed in {method}: {in_words(failure)}") from failure
+    return [one for answer in gathering.result() for one in answer]
+
+
+def cause_of_death(running: Running) -> str:
+    """Why vLLM's engine is dead, in words."""
+    cause = running.processes.cause_of_death() or str(running.llm.dead_error)
+    return f"vLLM's engine is dead: {cause}"
 
 
 def in_words(exc: BaseException) -> str:
     """An exception of vLLM's, on one line."""
     text = " ".join(str(exc).split())
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+
+
+def _name(options: EngineOptions, checkpoint: Checkpoint) -> str:
+    """The model's, and its adapter's."""
+    base = model_files.model_name(str(options.model))
+    return base if checkpoint.adapter is None else f"{base}+{checkpoint.adapter.folder.name}"
 
 
 def _dtype(options: EngineOptions, directory: Path) -> str:

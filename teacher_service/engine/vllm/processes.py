@@ -85,8 +85,12 @@ def _shared_memory_of(process: psutil.Process) -> set[str]:
         paths = {Path(mapped.path) for mapped in process.memory_maps()}
     except psutil.Error:
         return set()
-    # Only what multiprocessing.shared_memory made: `psm_` is its prefix.
-    return {path.name for path in paths if path.parent == _SHARED_MEMORY_FOLDER and path.name.startswith("psm_")}
+    return {path.name for path in paths if path.parent == _SHARED_MEMORY_FOLDER and _is_left_behind(path.name)}
+
+
+def _is_left_behind(name: str) -> bool:
+    """Whether it is Python's (multiprocessing.shared_memory), or what vLLM's ranks on a CPU exchange tensors in."""
+    return name.startswith("psm_") or "-cpushm" in name
 
 
 def _free_shared_memory(name: str) -> None:
