@@ -37,6 +37,7 @@ from protos.teacher.v1 import teacher_pb2 as pb
 from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.vllm.arguments import CPU_BLOCK_TOKENS, CPU_WORKER, IN_PROCESS_EXECUTOR
+from teacher_service.engine.vllm.launch import import_vllm
 from teacher_service.engine.vllm.processes import EngineProcesses, children
 from teacher_service.types import ScoreJob
 
@@ -176,6 +177,7 @@ async def started_paths(
 
 @asynccontextmanager
 async def _floor(checkpoint: Path, dtype: str) -> AsyncIterator[Floor]:
+    await asyncio.to_thread(import_vllm)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

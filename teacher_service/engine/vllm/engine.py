@@ -66,8 +66,7 @@ class VllmEngine:
     async def start(self) -> EngineInfo:
         """See `Engine.start`."""
         self._earlier_children = children()
-        # by itself, since the frames that import vLLM live as long as an import error that it keeps: not this engine's
-        await asyncio.to_thread(_import_vllm)
+        await asyncio.to_thread(launch.import_vllm)
         checkpoint = await asyncio.to_thread(launch.read_checkpoint, self._options)
         reason = await asyncio.to_thread(probe.refusal) if self._options.fast_route else None
         if self._options.fast_route and reason is None:
@@ -282,11 +281,6 @@ class VllmEngine:
         except EngineStartError:
             self._folder.remove()
             raise
-
-
-def _import_vllm() -> None:
-    environment.set_defaults()
-    import vllm.v1.engine.async_llm  # noqa: F401
 
 
 async def _load_adapter(running: Running, adapter: Adapter) -> None:

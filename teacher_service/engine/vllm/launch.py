@@ -60,6 +60,16 @@ class Running:
     adapter: Adapter | None
 
 
+def import_vllm() -> None:
+    """Import vLLM, with the service's environment; call it in a thread of its own before anything is built.
+
+    vLLM keeps import errors of optional modules. Their tracebacks hold the frames that import it, and with those
+    whatever the frames hold, until the interpreter ends.
+    """
+    environment.set_defaults()
+    import vllm.v1.engine.async_llm  # noqa: F401
+
+
 def read_checkpoint(options: EngineOptions) -> Checkpoint:
     """Read what the manifest says of a model.
 
