@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -226,7 +227,7 @@ async def test_vllm_bfloat16_equals_the_reference_and_its_death_is_noticed(
         assert np.median(differences) <= 2e-2
 
         waiting = asyncio.create_task(engine.wait_dead())
-        core = next(one for one in psutil.Process().children() if "EngineCore" in one.name() + str(one.cmdline()))
+        core = psutil.Process(next(one.pid for one in multiprocessing.active_children() if "EngineCore" in one.name))
         segments = shared_memory_of(core)
         killed_at = loop.time()
         os.kill(core.pid, signal.SIGKILL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from teacher_service.types import ScoreJob
 from tests.support.service import running_service
 from tests.support.waiting import until
 from trainer.teacher import TeacherClient
+from trainer.teacher.canary import canary_token_ids
 
 ENDPOINTS = ("a:1", "b:1", "c:1", "d:1")
 
@@ -124,14 +124,20 @@ class ShiftedEngine(FakeEngine):
 @pytest.mark.parametrize(
     ("engine", "lost"),
     [
-        (FakeEngine, set()),
-        (functools.partial(FakeEngine, failing_token_id=7), {"ENGINE_ERROR"}),
-        (ShiftedEngine, {"WRONG"}),
+        (lambda token_id: FakeEngine(), set()),
+        (lambda token_id: FakeEngine(failing_token_id=token_id), {"ENGINE_ERROR"}),
+        (lambda token_id: ShiftedEngine(), {"WRONG"}),
     ],
 )
-async def test_the_load_tells_answers_from_lost_calls(engine: Callable[[], FakeEngine], lost: set[str]) -> None:
+async def test_the_load_tells_answers_from_lost_calls(engine: Callable[[int], FakeEngine], lost: set[str]) -> None:
     """Right answers, errors and wrong answers of a real service; a random sequence holds all tokens, or nearly."""
-    async with running_service(engine()) as service, TeacherClient(endpoints=[service.addresses.grpc]) as client:
+    async with running_service(FakeEngine()) as healthy, TeacherClient(endpoints=[healthy.addresses.grpc]) as client:
+        in_canary = canary_token_ids(client.manifest)
+    token_id = next(one for one in range(len(in_canary) + 1) if one not in in_canary)
+    async with (
+        running_service(engine(token_id)) as service,
+        TeacherClient(endpoints=[service.addresses.grpc]) as client,
+    ):
         load = Load(client, retry_after_s=0.01)
         async with load.running(2) as timeline:
             await until(lambda: len(timeline.answers) + timeline.lost.total() >= 1)
