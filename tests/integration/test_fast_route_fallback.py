@@ -14,6 +14,8 @@ from teacher_service.engine.factory import build_engine
 from teacher_service.engine.options import EngineOptions
 from teacher_service.engine.vllm import launch
 from teacher_service.engine.vllm.fast import probe
+from teacher_service.engine.vllm.seam_table import FAST_PARTS
+from teacher_service.engine.vllm.seams import Seam
 from tests.integration import test_engines
 from tests.integration.test_engines import START_TIMEOUT_S
 from tests.support import failing_fast_route
@@ -25,6 +27,11 @@ pytestmark = test_engines.pytestmark  # whatever starts vLLM needs the same
 
 def _wrong_version(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(probe, "SUPPORTED_VERSIONS", ("0.1",))
+
+
+def _wrong_signature(patch: pytest.MonkeyPatch) -> None:
+    looked_up = "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks"
+    patch.setattr(probe, "SEAMS", (Seam(FAST_PARTS, looked_up, parameters=(("self", "another"),)),))
 
 
 def _raising_worker(patch: pytest.MonkeyPatch) -> None:
@@ -43,6 +50,7 @@ def _unconstructible_scheduler(patch: pytest.MonkeyPatch) -> None:
     ("break_it", "reason"),
     [
         (_wrong_version, "is not among the tested versions 0.1"),
+        (_wrong_signature, "KVCacheManager.get_computed_blocks takes (self, request"),
         (_raising_worker, "failed in install_scoring"),
         (_raising_scheduler, "the fast route failed at its start: EngineDeadError"),
         (_unconstructible_scheduler, "the fast route failed at its start: EngineStartError"),
