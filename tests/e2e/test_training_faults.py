@@ -239,8 +239,8 @@ def test_a_lost_teacher_is_masked_or_ends_the_run_within_its_bound(workspace: Wo
         assert step["gkd/scored_tokens"] >= step.get("gkd/teacher/kept/scored_tokens", 0)
     assert any(step.get("gkd/teacher/kept/scored_tokens", 0) > 0 for step in degraded)
     for step in steps:
-        # One batch ahead, and never more. A response of the lost teacher waits up to max_wait_s, and as many steps as the
-        # machine computes in that time go on with the others.
+        # One batch ahead, and never more. A response of the lost teacher waits up to max_wait_s, and meanwhile as many
+        # steps as the machine can compute go on with the others.
         ahead = 2 if step["gkd/teacher_coverage"] == 1 else DEGRADED_STEPS
         assert 0 <= step["training/off_policy/trajectory_staleness/max"] <= ahead
         assert step["timing/teacher_knowledge"] <= MAX_WAIT_S + 1
