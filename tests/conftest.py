@@ -23,6 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = config.stash[_FOLDER] / "t"
         os.environ["TMPDIR"] = tempfile.tempdir = str(config.stash[_FOLDER])  # children's too
     signal.signal(signal.SIGTERM, _end_in_order)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # as in a shell's background job; the programs that tests start and interrupt would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -34,6 +37,4 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def _end_in_order(_number: int, _frame: FrameType | None) -> None:
     """Do as for Ctrl-C, which tears fixtures down; once, since a second time would cut that short."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not callable(signal.getsignal(signal.SIGINT)):  # ignored, as in a shell's background job
-        raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
