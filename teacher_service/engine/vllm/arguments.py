@@ -103,7 +103,7 @@ def engine_arguments(
 
     On a GPU the sizes of a step stay unset: vLLM chooses them for the device, as its own server does.
 
-    The classes that the fast route installs (`worker_extension_cls`, `scheduler_cls`) are the engine's to add.
+    What depends on the route (`worker_extension_cls`, `scheduler_cls`, `enable_prefix_caching`) is the engine's to add.
 
     Args:
         options: what was asked for.
@@ -138,7 +138,6 @@ def engine_arguments(
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "max_num_seqs": options.max_num_seqs,
         "enforce_eager": enforce_eager,
-        "enable_prefix_caching": options.fast_route,  # vLLM never reads it for public prompt logprobs
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         **({} if adapter is None else {"max_lora_rank": max_rank(adapter.rank)}),
